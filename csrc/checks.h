@@ -1,0 +1,102 @@
+// Argument checks of the compiled operators, once for every device. The pure-PyTorch reference makes the same
+// checks with the same words in qlora_engine/ops/checks.py; tests/ops/test_checks.py compares the two.
+#pragma once
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <optional>
+#include <vector>
+
+#include "nf4.h"
+
+namespace qlora_engine {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+inline const char* dtype_name(ScalarType t) {
+  switch (t) {
+    case ScalarType::Byte: return "uint8";
+    case ScalarType::Float: return "float32";
+    case ScalarType::Half: return "float16";
+    case ScalarType::BFloat16: return "bfloat16";
+    case ScalarType::Double: return "float64";
+    case ScalarType::Int: return "int32";
+    case ScalarType::Long: return "int64";
+    case ScalarType::Char: return "int8";
+    case ScalarType::Bool: return "bool";
+    default: return "another dtype";
+  }
+}
+
+inline bool is_compute_dtype(ScalarType t) {
+  return t == ScalarType::Float || t == ScalarType::Half || t == ScalarType::BFloat16;
+}
+
+inline void check_compute_dtype(const char* op, const char* name, ScalarType t) {
+  STD_TORCH_CHECK(is_compute_dtype(t), op, ": ", name, " is ", dtype_name(t),
+                  "; expected float16, bfloat16 or float32");
+}
+
+inline void check_blocksize(const char* op, int64_t blocksize) {
+  bool power_of_two = blocksize > 0 && (blocksize & (blocksize - 1)) == 0;
+  STD_TORCH_CHECK(power_of_two && blocksize >= kMinBlocksize && blocksize <= kMaxBlocksize, op, ": blocksize is ",
+                  blocksize, "; expected a power of two from 32 to 4096");
+}
+
+inline void check_tensor(const char* op, const char* name, const Tensor& t, ScalarType dtype, int64_t numel,
+                         const Tensor& like) {
+  STD_TORCH_CHECK(t.scalar_type() == dtype, op, ": ", name, " is ", dtype_name(t.scalar_type()), "; expected ",
+                  dtype_name(dtype));
+  STD_TORCH_CHECK(t.numel() == numel, op, ": ", name, " has ", t.numel(), " elements; expected ", numel);
+  STD_TORCH_CHECK(t.is_contiguous(), op, ": ", name, " is not contiguous; call .contiguous() on it");
+  STD_TORCH_CHECK(t.is_cuda() == like.is_cuda() && t.get_device_index() == like.get_device_index(), op, ": ", name,
+                  " is on another device; move all tensors of the weight and the input to one device");
+}
+
+// A checked 4-bit weight: raw pointers, ready for a kernel. The tensors must outlive it.
+struct Nf4Pointers {
+  const uint8_t* packed;
+  const float* absmax;          // single quantization, else nullptr
+  const uint8_t* absmax_codes;  // double quantization, else nullptr
+  const float* nested_absmax;   // double quantization, else nullptr
+  const float* nested_offset;   // double quantization, else nullptr; one float, on the weight's device
+  int64_t numel;                // elements of the decoded weight
+  int64_t blocksize;            // a power of two
+  int64_t blocks;               // ceil(numel / blocksize)
+};
+
+inline Nf4Pointers check_nf4(const char* op, const Tensor& packed, const Tensor& absmax,
+                             const OptionalTensor& nested_absmax, const OptionalTensor& nested_offset,
+                             int64_t blocksize, int64_t numel, const Tensor& like) {
+  check_blocksize(op, blocksize);
+  const int64_t blocks = ceil_div(numel, blocksize);
+  check_tensor(op, "packed", packed, ScalarType::Byte, ceil_div(numel, 2), like);
+  STD_TORCH_CHECK(nested_absmax.has_value() == nested_offset.has_value(), op,
+                  ": nested_absmax and nested_offset go together; got only one of them");
+  const bool nested = nested_absmax.has_value();
+  check_tensor(op, "absmax", absmax, nested ? ScalarType::Byte : ScalarType::Float, blocks, like);
+  Nf4Pointers w{static_cast<const uint8_t*>(packed.const_data_ptr()), nullptr, nullptr, nullptr, nullptr,
+                numel, blocksize, blocks};
+  if (nested) {
+    check_tensor(op, "nested_absmax", *nested_absmax, ScalarType::Float, ceil_div(blocks, kNestedBlocksize), like);
+    check_tensor(op, "nested_offset", *nested_offset, ScalarType::Float, 1, like);
+    w.absmax_codes = static_cast<const uint8_t*>(absmax.const_data_ptr());
+    w.nested_absmax = static_cast<const float*>(nested_absmax->const_data_ptr());
+    w.nested_offset = static_cast<const float*>(nested_offset->const_data_ptr());
+  } else {
+    w.absmax = static_cast<const float*>(absmax.const_data_ptr());
+  }
+  return w;
+}
+
+inline int64_t product(const std::vector<int64_t>& shape) {
+  int64_t n = 1;
+  for (int64_t s : shape) n *= s;
+  return n;
+}
+
+}  // namespace qlora_engine

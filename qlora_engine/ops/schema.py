@@ -1,0 +1,33 @@
+"""Every operator's schema, in one place.
+
+The schemas are defined from Python so that the operators exist, with the pure-PyTorch reference behind them,
+where no library was compiled; `csrc/cpu` and `csrc/cuda` only add implementations to them.
+
+A 4-bit weight reaches an operator as plain tensors:
+
+packed         uint8   [ceil(n / 2)]            two codes a byte, the first element in the high nibble
+absmax         float32 [ceil(n / blocksize)]    one scale a block; uint8 codes of it where double-quantized
+nested_absmax  float32 [ceil(len(absmax)/256)]  scales of the scales; None where single-quantized
+nested_offset  float32 []                       mean that was removed from the scales; None likewise
+"""
+
+NAMESPACE = "qlora_engine"
+
+_WEIGHT = "Tensor packed, Tensor absmax, Tensor? nested_absmax, Tensor? nested_offset, int blocksize"
+
+SCHEMAS = {
+    # weight: float16, bfloat16 or float32, contiguous, any shape -> packed, absmax (float32)
+    "quantize_nf4": "(Tensor weight, int blocksize) -> (Tensor, Tensor)",
+    # -> Tensor of `shape` and `dtype`
+    "dequantize_nf4": f"({_WEIGHT}, int[] shape, ScalarType dtype) -> Tensor",
+    # absmax float32 [b], offset float32 [] -> codes of absmax - offset (uint8 [b]), nested_absmax (float32)
+    "quantize_absmax": "(Tensor absmax, Tensor offset, int blocksize) -> (Tensor, Tensor)",
+    # -> float32 [b]
+    "dequantize_absmax": (
+        "(Tensor quantized, Tensor nested_absmax, Tensor nested_offset, int blocksize) -> Tensor"
+    ),
+    # x [..., K] @ W[N, K].T + bias [N] -> [..., N], dtype of x
+    "linear_nf4": f"(Tensor x, {_WEIGHT}, int out_features, Tensor? bias) -> Tensor",
+    # grad [..., N] @ W[N, K] -> [..., K], dtype of grad: the gradient of linear_nf4 with respect to x
+    "linear_nf4_backward": f"(Tensor grad, {_WEIGHT}, int in_features) -> Tensor",
+}
