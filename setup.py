@@ -78,7 +78,11 @@ def plan():
             raise SystemExit(f"qlora_engine: QLORA_ENGINE_BUILD_CUDA=1, but {reason}.")
         return None, None, reason
     if cuda is None:
-        return torch, None, "QLORA_ENGINE_BUILD_CUDA=0" if want_cuda in OFF else "nvcc was not found at build time"
+        return (
+            torch,
+            None,
+            "QLORA_ENGINE_BUILD_CUDA=0" if want_cuda in OFF else "nvcc was not found at build time",
+        )
     return torch, cuda, None
 
 
@@ -107,7 +111,12 @@ class Build(build_ext):
         out = Path(self.get_ext_fullpath(ext.name))
         out.parent.mkdir(parents=True, exist_ok=True)
         cxx = os.environ.get("CXX", "g++")
-        common = ["-std=c++20", f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}", "-isystem", str(torch / "include")]
+        common = [
+            "-std=c++20",
+            f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}",
+            "-isystem",
+            str(torch / "include"),
+        ]
         common += ["-I", str(ROOT / "csrc")]
         host = ["-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wno-psabi"]
         if cuda:
@@ -193,7 +202,9 @@ class PureBuild(build_ext):
 
 PLAN = plan()
 if PLAN[2]:
-    print(f"qlora_engine: building without {'CUDA' if PLAN[0] else 'any'} kernels: {PLAN[2]}", file=sys.stderr)
+    print(
+        f"qlora_engine: building without {'CUDA' if PLAN[0] else 'any'} kernels: {PLAN[2]}", file=sys.stderr
+    )
 
 
 def sources():
@@ -204,6 +215,8 @@ def sources():
 
 
 setup(
-    ext_modules=[Extension("qlora_engine._C", sources())] if PLAN[0] else [Extension("qlora_engine._pure", [])],
+    ext_modules=[Extension("qlora_engine._C", sources())]
+    if PLAN[0]
+    else [Extension("qlora_engine._pure", [])],
     cmdclass={"build_ext": Build if PLAN[0] else PureBuild, "bdist_wheel": Wheel},
 )

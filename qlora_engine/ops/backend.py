@@ -1,0 +1,112 @@
+"""Defines the operators and decides what implements them: the compiled library, or the reference.
+
+QLORA_ENGINE_BACKEND=auto (default) | compiled (an error where the library is missing) | reference
+"""
+
+import functools
+import importlib.resources
+import json
+import os
+from pathlib import Path
+
+import torch
+
+from qlora_engine.ops.schema import NAMESPACE, SCHEMAS
+from qlora_engine.reference import dequantize as _dequantize
+from qlora_engine.reference import linear as _linear
+from qlora_engine.reference import quantize as _quantize
+
+ENVIRONMENT_VARIABLE = "QLORA_ENGINE_BACKEND"
+_REFERENCE = {
+    "quantize_nf4": _quantize.quantize_nf4,
+    "quantize_absmax": _quantize.quantize_absmax,
+    "dequantize_nf4": _dequantize.dequantize_nf4,
+    "dequantize_absmax": _dequantize.dequantize_absmax,
+    "linear_nf4": _linear.linear_nf4,
+    "linear_nf4_backward": _linear.linear_nf4_backward,
+}
+_DISPATCH_KEYS = {"cpu": "CPU", "cuda": "CUDA"}
+_implementations: dict[tuple[str, str], str] = {}
+_library_error: str | None = None
+
+
+def library_path() -> Path:
+    """Where the compiled library is expected."""
+    return Path(str(importlib.resources.files("qlora_engine"))) / "_C.so"
+
+
+def library_error() -> str | None:
+    """Why the compiled library is not in use, or None where it is."""
+    return _library_error
+
+
+@functools.cache
+def build_info() -> dict:
+    """What was built at install time: `compiled`, `cuda`, `architectures`, `reason`; empty if unknown."""
+    record = library_path().with_name("_build.json")
+    return json.loads(record.read_text()) if record.exists() else {}
+
+
+def implementation(op: str, device_type: str) -> str:
+    """What serves an operator on a device: "compiled" or "reference".
+
+    Args:
+        op: an operator's name, such as "linear_nf4".
+        device_type: "cpu" or "cuda".
+
+    Raises:
+        KeyError: for an operator or a device that does not exist.
+    """
+    return _implementations[op, device_type]
+
+
+def _load_library() -> None:
+    global _library_error
+    choice = os.environ.get(ENVIRONMENT_VARIABLE, "auto")
+    if choice not in ("auto", "compiled", "reference"):
+        raise ValueError(f"{ENVIRONMENT_VARIABLE}={choice!r}; expected auto, compiled or reference")
+    if choice == "reference":
+        _library_error = f"{ENVIRONMENT_VARIABLE}=reference"
+        return
+    path = library_path()
+    if not path.exists():
+        why = build_info().get("reason") or f"{path} does not exist; reinstall with g++ and torch present"
+        _library_error = f"not compiled: {why}"
+    else:
+        try:
+            torch.ops.load_library(str(path))
+        except OSError as error:
+            _library_error = f"{path} could not be loaded: {error}"
+    if _library_error and choice == "compiled":
+        raise ImportError(
+            f"{ENVIRONMENT_VARIABLE}=compiled, but the compiled library is missing: {_library_error}"
+        )
+
+
+def _checked(name: str):
+    """The reference of an operator behind the argument checks that the compiled operators make themselves."""
+    from qlora_engine.ops.checks import CHECKS
+
+    function, check = _REFERENCE[name], CHECKS[name]
+
+    def call(*arguments):
+        check(*arguments)
+        return function(*arguments)
+
+    return call
+
+
+def _register() -> None:
+    for name, schema in SCHEMAS.items():
+        torch.library.define(f"{NAMESPACE}::{name}", schema)
+    _load_library()
+    for name in SCHEMAS:
+        qualified = f"{NAMESPACE}::{name}"
+        for device, key in _DISPATCH_KEYS.items():
+            compiled = torch._C._dispatch_has_kernel_for_dispatch_key(qualified, key)
+            if not compiled:
+                torch.library.impl(qualified, device)(_checked(name))
+            _implementations[name, device] = "compiled" if compiled else "reference"
+
+
+_register()

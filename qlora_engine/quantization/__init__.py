@@ -1,0 +1,1 @@
+"""4-bit formats and the tensors that hold them."""

@@ -1,0 +1,102 @@
+"""`NF4Weight`: a 4-bit weight as plain tensors."""
+
+import dataclasses
+import math
+
+import torch
+
+from qlora_engine import ops
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class NF4Weight:
+    """A weight in 4-bit NormalFloat blocks: plain tensors and nothing else.
+
+    Attributes:
+        packed: uint8 `[ceil(n / 2)]`, two codes a byte, the first element in the high nibble.
+        absmax: float32 `[ceil(n / blocksize)]`, or its uint8 codes where double-quantized.
+        nested_absmax: float32 `[ceil(len(absmax) / 256)]`; None where single-quantized.
+        nested_offset: float32 `[]`; None where single-quantized.
+        shape: shape of the weight, of `n` elements.
+        blocksize: elements that share a scale.
+        dtype: the dtype that was quantized, and the default of `dequantize`.
+    """
+
+    packed: torch.Tensor
+    absmax: torch.Tensor
+    nested_absmax: torch.Tensor | None
+    nested_offset: torch.Tensor | None
+    shape: tuple[int, ...]
+    blocksize: int
+    dtype: torch.dtype
+
+    @property
+    def double_quant(self) -> bool:
+        """Whether the scales are themselves stored in 8 bits."""
+        return self.nested_absmax is not None
+
+    @property
+    def device(self) -> torch.device:
+        return self.packed.device
+
+    @property
+    def arguments(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None, int]:
+        """The weight as the operators take it: packed, absmax, nested_absmax, nested_offset, blocksize."""
+        return self.packed, self.absmax, self.nested_absmax, self.nested_offset, self.blocksize
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(t.nbytes for t in self.arguments[:4] if t is not None)
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Stored bits per element, scales included; 0 for an empty weight."""
+        numel = math.prod(self.shape)
+        return 8 * self.nbytes / numel if numel else 0.0
+
+    def dequantize(self, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """The decoded weight.
+
+        Args:
+            dtype: float16, bfloat16 or float32; default: the dtype that was quantized.
+
+        Returns:
+            Tensor of `shape`.
+        """
+        return ops.dequantize_nf4(*self.arguments, self.shape, dtype or self.dtype)
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> "NF4Weight":
+        """The same weight on another device. There is no `dtype`: bytes and scales keep theirs."""
+        moved = [None if t is None else t.to(device, non_blocking=non_blocking) for t in self.arguments[:4]]
+        return dataclasses.replace(
+            self, packed=moved[0], absmax=moved[1], nested_absmax=moved[2], nested_offset=moved[3]
+        )
+
+
+def quantize(weight: torch.Tensor, blocksize: int = 64, double_quant: bool = True) -> NF4Weight:
+    """Quantizes a weight to 4-bit NormalFloat (Dettmers et al. 2023, "QLoRA").
+
+    Args:
+        weight: float16, bfloat16 or float32, any shape. Not changed.
+        blocksize: elements that share a scale; a power of two from 32 to 4096.
+        double_quant: store the scales in 8 bits as well: 4.127 instead of 4.5 bits per weight at block 64.
+
+    Returns:
+        The quantized weight, on the same device.
+
+    Raises:
+        RuntimeError: for another dtype or block size.
+
+    >>> weight = torch.randn(64, 64)
+    >>> w4 = quantize(weight)
+    >>> (w4.dequantize() - weight).abs().mean() < 0.1 * weight.abs().mean()
+    tensor(True)
+    """
+    packed, absmax = ops.quantize_nf4(weight.detach(), blocksize)
+    nested_absmax = nested_offset = None
+    if double_quant:
+        absmax, nested_absmax, nested_offset = ops.quantize_absmax(absmax)
+    return NF4Weight(
+        packed, absmax, nested_absmax, nested_offset, tuple(weight.shape), blocksize, weight.dtype
+    )
