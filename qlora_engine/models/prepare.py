@@ -58,7 +58,6 @@ def prepare(
             )
     for path in saved:
         model.get_submodule(path).requires_grad_(True)
-    _let_gradients_pass_checkpoints(model)
     model.qlora_config = config
     return model
 
@@ -87,34 +86,3 @@ def adapter_layer(model: nn.Module, path: str) -> QLoRALinear:
 
 def _of_pattern(patterns, path: str, default):
     return next((value for pattern, value in patterns.items() if matches(pattern, path)), default)
-
-
-class _RequireGradUnderCheckpointing:
-    """Makes the embeddings' output require a gradient while a reentrant checkpoint would otherwise cut it off.
-
-    A reentrant checkpoint gives gradients only where an input requires one, and behind frozen embeddings none
-    does. A class rather than a closure, so that the model can still be pickled.
-    """
-
-    def __init__(self, model: nn.Module):
-        self.model = model
-
-    def __call__(self, module, inputs, output):
-        if (
-            self.model.training
-            and torch.is_grad_enabled()
-            and getattr(self.model, "is_gradient_checkpointing", False)
-        ):
-            output.requires_grad_(True)
-
-
-def _let_gradients_pass_checkpoints(model: nn.Module) -> None:
-    get_embeddings = getattr(model, "get_input_embeddings", None)
-    try:
-        embeddings = get_embeddings() if get_embeddings else None
-    except NotImplementedError:
-        embeddings = None
-    if embeddings is None:
-        return
-    if not any(isinstance(h, _RequireGradUnderCheckpointing) for h in embeddings._forward_hooks.values()):
-        embeddings.register_forward_hook(_RequireGradUnderCheckpointing(model))
