@@ -31,7 +31,7 @@ def test_is_near_the_16_bit_model():
     ids = token_ids()
     expected = model(ids).logits.detach()
     qe.prepare(model, qe.QLoRAConfig(r=4))
-    logits = model.eval()(ids).logits
+    logits = model.eval()(ids).logits.detach()
     assert float((logits - expected).norm() / expected.norm()) < 0.25
     weights = {n: m.dequantize(torch.float32) for n, m in model.named_modules() if isinstance(m, qe.NF4Linear)}
     plain = llama().eval()
@@ -206,7 +206,7 @@ def test_named_adapters_of_a_model():
     assert qe.adapter_names(model) == ["default"]
     with pytest.raises(KeyError, match=r"no adapter 'second'; the model has \['default'\]"):
         qe.set_adapters(model, "second")
-    with pytest.raises(ValueError, match="call qlora_engine.prepare"):
+    with pytest.raises(ValueError, match=r"call qlora_engine\.prepare"):
         qe.set_adapters(llama(), "default")
 
 
@@ -234,7 +234,7 @@ def test_conv1d_becomes_a_transposed_layer():
     assert isinstance(layer, qe.QLoRALinear)
     assert layer.fan_in_fan_out
     assert (layer.in_features, layer.out_features) == (64, 192)
-    assert float((model(ids).logits - expected).norm() / expected.norm()) < 0.25
+    assert float((model(ids).logits - expected).norm().detach() / expected.norm().detach()) < 0.25
 
 
 def test_moves_to_the_device_layer_by_layer(device):
