@@ -80,11 +80,7 @@ def plan():
             raise SystemExit(f"qlora_engine: QLORA_ENGINE_BUILD_CUDA=1, but {reason}.")
         return None, None, reason
     if cuda is None:
-        return (
-            torch,
-            None,
-            "QLORA_ENGINE_BUILD_CUDA=0" if want_cuda in OFF else "nvcc was not found at build time",
-        )
+        return torch, None, no_cuda if want_cuda in OFF else f"missing at build time: {no_cuda}"
     return torch, cuda, None
 
 
