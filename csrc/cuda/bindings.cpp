@@ -5,13 +5,12 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
-#include <array>
-#include <limits>
 #include <tuple>
+#include <utility>
 
 #include "checks.h"
 #include "kernels.h"
-#include "stream.h"
+#include "libtorch_cuda.h"
 
 namespace qlora_engine::cuda {
 namespace {
@@ -102,22 +101,6 @@ Tensor dequantize_nf4_cuda(const Tensor& packed, const Tensor& absmax, const Opt
   return decoded(op, weight, packed, shape, dtype);
 }
 
-// out = a @ b (+ bias), through cuBLAS. The out= forms, because autocast would change the dtypes of the others.
-void multiply(Tensor out, const Tensor& a, const Tensor& b, const OptionalTensor& bias) {
-  if (bias.has_value()) {
-    std::array<StableIValue, 6> stack{torch::stable::detail::from(*bias), torch::stable::detail::from(a),
-                                      torch::stable::detail::from(b),     torch::stable::detail::from(1.0),
-                                      torch::stable::detail::from(1.0),   torch::stable::detail::from(out)};
-    TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::addmm", "out", stack.data(), TORCH_ABI_VERSION));
-    torch::stable::detail::to<Tensor>(stack[0]);  // takes over the reference that was returned
-  } else {
-    std::array<StableIValue, 3> stack{torch::stable::detail::from(a), torch::stable::detail::from(b),
-                                      torch::stable::detail::from(out)};
-    TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mm", "out", stack.data(), TORCH_ABI_VERSION));
-    torch::stable::detail::to<Tensor>(stack[0]);
-  }
-}
-
 // The shape of x with another last dimension, and the product of all but the last.
 std::pair<std::vector<int64_t>, int64_t> replace_last(const Tensor& x, int64_t last) {
   std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end());
@@ -140,8 +123,19 @@ Tensor linear_nf4_cuda(const Tensor& x, const Tensor& packed, const Tensor& absm
   const auto [shape, M] = replace_last(x, N);
   Tensor y = empty(x, shape, x.scalar_type());
   if (y.numel() == 0) return y;
+  if (M <= kFewRows && x.scalar_type() != ScalarType::Float) {
+    const Tensor rows = torch::stable::contiguous(x);
+    const Nf4Weight w = to_weight(weight);
+    const Dtype dtype = to_dtype(x.scalar_type());
+    if (few_rows_fit(w, dtype, rows.const_data_ptr(), M, N, K)) {
+      check_launch(op, linear_nf4_few_rows(rows.const_data_ptr(), w, bias ? bias->const_data_ptr() : nullptr, dtype,
+                                           y.mutable_data_ptr(), M, N, K, current_stream(x.get_device_index())));
+      return y;
+    }
+  }
   const Tensor w = decoded(op, weight, x, {N, K}, x.scalar_type());
-  multiply(torch::stable::view(y, {M, N}), torch::stable::reshape(x, {M, K}), torch::stable::transpose(w, 0, 1), bias);
+  matrix_product(torch::stable::view(y, {M, N}), torch::stable::reshape(x, {M, K}), torch::stable::transpose(w, 0, 1),
+                 bias);
   return y;
 }
 
@@ -158,7 +152,7 @@ Tensor linear_nf4_backward_cuda(const Tensor& grad, const Tensor& packed, const 
   Tensor dx = empty(grad, shape, grad.scalar_type());
   if (dx.numel() == 0) return dx;
   const Tensor w = decoded(op, weight, grad, {N, K}, grad.scalar_type());
-  multiply(torch::stable::view(dx, {M, K}), torch::stable::reshape(grad, {M, N}), w, std::nullopt);
+  matrix_product(torch::stable::view(dx, {M, K}), torch::stable::reshape(grad, {M, N}), w, std::nullopt);
   return dx;
 }
 
