@@ -53,7 +53,8 @@ class MergeReport:
     adapters: tuple[str, ...]
     layers: list[LayerMerge]
     _originals: dict[str, nn.Module] = dataclasses.field(default_factory=dict, repr=False)
-    _dtypes: dict[str, torch.Tensor] = dataclasses.field(default_factory=dict, repr=False)
+    _tensors: dict[str, torch.Tensor] = dataclasses.field(default_factory=dict, repr=False)
+    _config_dtype: torch.dtype | None = dataclasses.field(default=None, repr=False)
 
     @property
     def reversible(self) -> bool:
@@ -143,7 +144,8 @@ def merge(
     if keep_original:
         report._originals = dict(layers)
         if into != "nf4":
-            report._dtypes = {name: p.data for name, p in _plain_tensors(model).items()}
+            report._tensors = {name: p.data for name, p in _plain_tensors(model).items()}
+            report._config_dtype = getattr(getattr(model, "config", None), "dtype", None)
     for path, layer in layers.items():
         new, entry = _merge_layer(path, layer, chosen[path], into)
         replace_module(model, path, new)
@@ -168,11 +170,11 @@ def unmerge(model: nn.Module, report: MergeReport) -> nn.Module:
     for path, layer in report._originals.items():
         replace_module(model, path, layer)
     tensors = _plain_tensors(model)
-    for name, data in report._dtypes.items():
+    for name, data in report._tensors.items():
         tensors[name].data = data
-    if report._dtypes and hasattr(model, "config"):
-        model.config.dtype = next(iter(report._dtypes.values())).dtype
-    report._originals, report._dtypes = {}, {}
+    if report._tensors and hasattr(model, "config"):
+        model.config.dtype = report._config_dtype
+    report._originals, report._tensors = {}, {}
     return model
 
 
@@ -266,6 +268,8 @@ def _plain_layer(layer: NF4Linear, weight: torch.Tensor) -> nn.Module:
         new.weight = nn.Parameter(weight, requires_grad=False)
     if layer.bias is not None:
         new.bias = nn.Parameter(layer.bias.detach().to(weight.dtype), requires_grad=False)
+    elif layer.fan_in_fan_out:  # Conv1D adds its bias always
+        new.bias = nn.Parameter(weight.new_zeros(layer.out_features), requires_grad=False)
     return new
 
 
