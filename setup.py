@@ -202,9 +202,7 @@ class PureBuild(build_ext):
 
 PLAN = plan()
 if PLAN[2]:
-    print(
-        f"qlora_engine: building without {'CUDA' if PLAN[0] else 'any'} kernels: {PLAN[2]}", file=sys.stderr
-    )
+    print(f"qlora_engine: building without {'CUDA' if PLAN[0] else 'any'} kernels: {PLAN[2]}", file=sys.stderr)
 
 
 def sources():
@@ -215,8 +213,6 @@ def sources():
 
 
 setup(
-    ext_modules=[Extension("qlora_engine._C", sources())]
-    if PLAN[0]
-    else [Extension("qlora_engine._pure", [])],
+    ext_modules=[Extension("qlora_engine._C", sources())] if PLAN[0] else [Extension("qlora_engine._pure", [])],
     cmdclass={"build_ext": Build if PLAN[0] else PureBuild, "bdist_wheel": Wheel},
 )

@@ -1,0 +1,6 @@
+"""Layers on 4-bit weights."""
+
+from qlora_engine.nn.nf4_linear import NF4Linear
+from qlora_engine.nn.qlora_linear import LoRASettings, QLoRALinear
+
+__all__ = ["LoRASettings", "NF4Linear", "QLoRALinear"]

@@ -78,9 +78,7 @@ def _load_library() -> None:
         except OSError as error:
             _library_error = f"{path} could not be loaded: {error}"
     if _library_error and choice == "compiled":
-        raise ImportError(
-            f"{ENVIRONMENT_VARIABLE}=compiled, but the compiled library is missing: {_library_error}"
-        )
+        raise ImportError(f"{ENVIRONMENT_VARIABLE}=compiled, but the compiled library is missing: {_library_error}")
 
 
 def _checked(name: str):

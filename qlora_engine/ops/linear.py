@@ -26,9 +26,7 @@ def _save_forward(ctx, inputs, output):
 def _linear_backward(ctx, grad):
     grad_x = grad_bias = None
     if ctx.needs_input_grad[0]:
-        grad_x = torch.ops.qlora_engine.linear_nf4_backward(
-            grad, *ctx.saved_tensors, ctx.blocksize, ctx.in_features
-        )
+        grad_x = torch.ops.qlora_engine.linear_nf4_backward(grad, *ctx.saved_tensors, ctx.blocksize, ctx.in_features)
     if ctx.needs_input_grad[7]:
         grad_bias = grad.reshape(-1, grad.shape[-1]).sum(dim=0)
     return grad_x, None, None, None, None, None, None, grad_bias

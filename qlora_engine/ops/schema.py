@@ -23,9 +23,7 @@ SCHEMAS = {
     # absmax float32 [b], offset float32 [] -> codes of absmax - offset (uint8 [b]), nested_absmax (float32)
     "quantize_absmax": "(Tensor absmax, Tensor offset, int blocksize) -> (Tensor, Tensor)",
     # -> float32 [b]
-    "dequantize_absmax": (
-        "(Tensor quantized, Tensor nested_absmax, Tensor nested_offset, int blocksize) -> Tensor"
-    ),
+    "dequantize_absmax": ("(Tensor quantized, Tensor nested_absmax, Tensor nested_offset, int blocksize) -> Tensor"),
     # x [..., K] @ W[N, K].T + bias [N] -> [..., N], dtype of x
     "linear_nf4": f"(Tensor x, {_WEIGHT}, int out_features, Tensor? bias) -> Tensor",
     # grad [..., N] @ W[N, K] -> [..., K], dtype of grad: the gradient of linear_nf4 with respect to x

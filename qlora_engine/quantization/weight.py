@@ -97,6 +97,4 @@ def quantize(weight: torch.Tensor, blocksize: int = 64, double_quant: bool = Tru
     nested_absmax = nested_offset = None
     if double_quant:
         absmax, nested_absmax, nested_offset = ops.quantize_absmax(absmax)
-    return NF4Weight(
-        packed, absmax, nested_absmax, nested_offset, tuple(weight.shape), blocksize, weight.dtype
-    )
+    return NF4Weight(packed, absmax, nested_absmax, nested_offset, tuple(weight.shape), blocksize, weight.dtype)

@@ -11,9 +11,7 @@ SMALLEST_ABSMAX = 1e-38
 CHUNK = 1 << 24
 
 
-def quantize_codes(
-    weight: torch.Tensor, blocksize: int, levels: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
+def quantize_codes(weight: torch.Tensor, blocksize: int, levels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Nearest level of every element, in blocks that are scaled by their absolute maximum.
 
     Args:
@@ -59,18 +57,14 @@ def quantize_nf4(weight: torch.Tensor, blocksize: int) -> tuple[torch.Tensor, to
     return torch.cat(packed), torch.cat(absmax)
 
 
-def quantize_absmax(
-    absmax: torch.Tensor, offset: torch.Tensor, blocksize: int
-) -> tuple[torch.Tensor, torch.Tensor]:
+def quantize_absmax(absmax: torch.Tensor, offset: torch.Tensor, blocksize: int) -> tuple[torch.Tensor, torch.Tensor]:
     """See `qlora_engine.ops.quantize_absmax`; `offset` is given."""
     levels = level_tensor(dynamic_map(), absmax.device)
     codes, nested_absmax = quantize_scales(absmax - offset, blocksize, levels)
     return codes.to(torch.uint8), nested_absmax
 
 
-def quantize_scales(
-    centred: torch.Tensor, blocksize: int, levels: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
+def quantize_scales(centred: torch.Tensor, blocksize: int, levels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Nearest value of an 8-bit map, blockwise, on the grid that bitsandbytes' CPU backend searches.
 
     Normalised scales are first rounded to 65,536 steps of [-1, 1]; a block of zeros gets code 0.

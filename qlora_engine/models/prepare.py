@@ -1,0 +1,88 @@
+"""`prepare`: a model becomes a 4-bit model with trainable adapters, in place."""
+
+import dataclasses
+
+import torch
+from torch import nn
+
+from qlora_engine.models.config import QLoRAConfig
+from qlora_engine.models.targets import find_targets, matches
+from qlora_engine.nn.nf4_linear import NF4Linear
+from qlora_engine.nn.qlora_linear import QLoRALinear
+
+
+def prepare(
+    model: nn.Module, config: QLoRAConfig | None = None, device: torch.device | str | None = None
+) -> nn.Module:
+    """Quantizes a model's linear layers to NF4, adds adapters, and freezes everything else. In place.
+
+    Layers are converted one at a time, and each 16-bit weight is released before the next. A model that is
+    already quantized gets the adapters only. The output head and the embeddings stay in 16 bits by default.
+
+    Args:
+        model: any `nn.Module` with `nn.Linear` layers, or transformers' `Conv1D`.
+        config: what to quantize and adapt; default `QLoRAConfig()`.
+        device: where the prepared model is to live; default: where it is. With a model on the CPU and a GPU
+            here, the 16-bit model never exists on the GPU.
+
+    Returns:
+        The same model. `model.qlora_config` is the configuration.
+
+    Raises:
+        TargetError: where a pattern matches nothing. The model is then unchanged.
+    """
+    config = config or QLoRAConfig()
+    quantized, adapted, saved = find_targets(model, config)
+    ranks = {path: _of_pattern(config.rank_pattern, path, config.r) for path in adapted}
+    alphas = {path: _of_pattern(config.alpha_pattern, path, config.alpha) for path in adapted}
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    for path in quantized:
+        layer = model.get_submodule(path)
+        if not isinstance(layer, NF4Linear):
+            new = NF4Linear.from_linear(
+                layer, blocksize=config.blocksize, double_quant=config.double_quant, device=device
+            )
+            replace_module(model, path, new)
+    if device is not None:
+        model.to(device)
+    for path in adapted:
+        if ranks[path]:
+            adapter_layer(model, path).add_adapter(
+                config.adapter_name,
+                r=ranks[path],
+                alpha=alphas[path],
+                dropout=config.dropout,
+                rslora=config.rslora,
+                dtype=config.adapter_dtype,
+            )
+    for path in saved:
+        model.get_submodule(path).requires_grad_(True)
+    model.qlora_config = config
+    return model
+
+
+def quantize_model(
+    model: nn.Module, config: QLoRAConfig | None = None, device: torch.device | str | None = None
+) -> nn.Module:
+    """Quantizes a model's linear layers to NF4 without adding adapters; see `prepare`."""
+    return prepare(model, dataclasses.replace(config or QLoRAConfig(), r=0), device)
+
+
+def replace_module(model: nn.Module, path: str, new: nn.Module) -> None:
+    """Puts a module in the place of another."""
+    parent, _, name = path.rpartition(".")
+    setattr(model.get_submodule(parent), name, new)
+
+
+def adapter_layer(model: nn.Module, path: str) -> QLoRALinear:
+    """The layer at a path as one that can hold adapters; a plain 4-bit layer is replaced by one."""
+    layer = model.get_submodule(path)
+    if not isinstance(layer, QLoRALinear):
+        layer = QLoRALinear.from_nf4(layer, r=0)
+        replace_module(model, path, layer)
+    return layer
+
+
+def _of_pattern(patterns, path: str, default):
+    return next((value for pattern, value in patterns.items() if matches(pattern, path)), default)

@@ -1,0 +1,141 @@
+"""Which modules of a model a pattern means."""
+
+import difflib
+import re
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import nn
+
+from qlora_engine.models.config import ALL_LINEAR, QLoRAConfig, TargetError
+from qlora_engine.nn.nf4_linear import NF4Linear, is_transposed_linear
+
+# Last parts of the paths of output heads, for models that do not name theirs through get_output_embeddings()
+HEAD_NAMES = ("lm_head", "embed_out", "score", "classifier", "qa_outputs", "output_projection")
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether a module is a linear layer that can be quantized, or has been.
+
+    `nn.MultiheadAttention` reads the weight of its output projection itself, so that one is not.
+    """
+    if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
+        return False
+    return isinstance(module, nn.Linear) or is_transposed_linear(module)
+
+
+def linear_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """Paths and modules of all linear layers, quantized ones included."""
+    return {path: module for path, module in model.named_modules() if is_linear(module)}
+
+
+def matches(pattern: str, path: str) -> bool:
+    """Whether a pattern means the module at a path; see `QLoRAConfig`.
+
+    >>> matches("q_proj", "layers.0.q_proj"), matches("proj", "layers.0.q_proj"), matches("re:.*_proj", "a.q_proj")
+    (True, False, True)
+    """
+    if pattern.startswith("re:"):
+        return re.fullmatch(pattern[3:], path) is not None
+    return path == pattern or path.endswith("." + pattern)
+
+
+def matches_any(patterns: Iterable[str], path: str) -> bool:
+    """Whether one of several patterns means the module at a path."""
+    return any(matches(pattern, path) for pattern in patterns)
+
+
+def check_patterns(patterns: Iterable[str], paths: Sequence[str], what: str) -> None:
+    """Every pattern must mean something.
+
+    Raises:
+        TargetError: names the pattern, and the names that come near.
+    """
+    for pattern in patterns:
+        try:
+            found = any(matches(pattern, path) for path in paths)
+        except re.error as error:
+            raise TargetError(f"{what}: {pattern!r} is not a regular expression: {error}") from error
+        if not found:
+            raise TargetError(f"{what}: {pattern!r} matches no module. {_near_matches(pattern, paths)}")
+
+
+def _near_matches(pattern: str, paths: Sequence[str]) -> str:
+    names = sorted({path.rsplit(".", 1)[-1] for path in paths})
+    wanted = pattern.removeprefix("re:")
+    near = difflib.get_close_matches(wanted, names, n=5, cutoff=0.4)
+    near += [path for path in difflib.get_close_matches(wanted, paths, n=3, cutoff=0.6) if path not in near]
+    if near:
+        return f"Near matches: {', '.join(near)}."
+    return f"This model's candidates: {', '.join(names[:20])}{', ...' if len(names) > 20 else ''}."
+
+
+def heads_and_tied(model: nn.Module) -> set[str]:
+    """Paths of linear layers that are left in 16 bits by default: output heads, and layers with a shared weight."""
+    get_head = getattr(model, "get_output_embeddings", None)
+    try:
+        head = get_head() if get_head else None
+    except (NotImplementedError, AttributeError):
+        head = None
+    owners: dict[int, list[str]] = {}
+    for path, module in model.named_modules():
+        weight = module._parameters.get("weight")
+        if isinstance(weight, torch.Tensor):
+            owners.setdefault(id(weight), []).append(path)
+    shared = {path for paths in owners.values() if len(paths) > 1 for path in paths}
+    return {
+        path
+        for path, module in linear_modules(model).items()
+        if module is head or path in shared or path.rsplit(".", 1)[-1] in HEAD_NAMES
+    }
+
+
+def find_targets(model: nn.Module, config: QLoRAConfig) -> tuple[list[str], list[str], list[str]]:
+    """What a configuration means for a model.
+
+    Returns:
+        quantized: paths of the linear layers that are, or are to be, stored in 4 bits.
+        adapted: those of them that get an adapter.
+        saved: paths of the modules that are trained whole.
+
+    Raises:
+        TargetError: where a pattern matches nothing, or an adapter is wanted on a layer that stays in 16 bits.
+    """
+    linears = linear_modules(model)
+    paths = [path for path, _ in model.named_modules() if path]
+    check_patterns(config.modules_to_save, paths, "modules_to_save")
+    saved = [path for path in paths if matches_any(config.modules_to_save, path)]
+    inside_saved = {p for p in linears if any(p == s or p.startswith(s + ".") for s in saved)}
+    named = [pattern for pattern in config.target_modules if pattern != ALL_LINEAR]
+    if config.skip_modules is None:
+        asked_for = {path for path in linears if matches_any(named, path)}
+        skipped = (heads_and_tied(model) - asked_for) | inside_saved
+    else:
+        check_patterns(config.skip_modules, list(linears), "skip_modules")
+        skipped = {path for path in linears if matches_any(config.skip_modules, path)} | inside_saved
+    quantized = [p for p, m in linears.items() if p not in skipped or isinstance(m, NF4Linear)]
+    if not quantized:
+        raise TargetError(
+            f"{type(model).__name__} has no linear layer to quantize; linear layers found: "
+            f"{', '.join(linears) or 'none'}"
+        )
+    if config.r == 0:
+        return quantized, [], saved
+    check_patterns(named, list(linears), "target_modules")
+    if config.exclude_modules:
+        check_patterns(config.exclude_modules, list(linears), "exclude_modules")
+    adapted = [
+        path
+        for path in (quantized if ALL_LINEAR in config.target_modules else linears)
+        if (ALL_LINEAR in config.target_modules or matches_any(named, path))
+        and not matches_any(config.exclude_modules, path)
+    ]
+    stay = sorted(set(adapted) - set(quantized))
+    if stay:
+        raise TargetError(
+            f"target_modules asks for adapters on {', '.join(stay[:5])}, which skip_modules or modules_to_save "
+            "keeps in 16 bits; take it out of one of the two"
+        )
+    if not adapted:
+        raise TargetError("no layer is left to adapt: exclude_modules excludes all that target_modules matches")
+    return quantized, adapted, saved
