@@ -42,18 +42,20 @@ def find_torch():
 
 
 def find_cuda():
-    """The toolkit's folder. nvcc on PATH may be a wrapper script, so nvcc itself is asked for its root."""
-    for candidate in (os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH")):
-        if candidate and (Path(candidate) / "bin/nvcc").exists():
-            return Path(candidate)
+    """The toolkit's folder, or None and why. nvcc on PATH may be a wrapper script, so nvcc is asked for its root."""
+    for variable in ("CUDA_HOME", "CUDA_PATH"):
+        named = os.environ.get(variable)
+        if named:  # what was asked for by name is not replaced by something else that happens to be there
+            found = (Path(named) / "bin/nvcc").exists()
+            return (Path(named), None) if found else (None, f"nvcc: {variable}={named} has no bin/nvcc")
     nvcc = shutil.which("nvcc")
     if nvcc:
         done = subprocess.run([nvcc, "--dryrun", "-x", "cu", os.devnull], capture_output=True, text=True)
         for line in done.stderr.splitlines():
             if "TOP=" in line:
-                return Path(line.split("TOP=", 1)[1].strip()).resolve()
+                return Path(line.split("TOP=", 1)[1].strip()).resolve(), None
     standard = Path("/usr/local/cuda")
-    return standard if (standard / "bin/nvcc").exists() else None
+    return (standard, None) if (standard / "bin/nvcc").exists() else (None, "nvcc (install the CUDA toolkit)")
 
 
 def plan():
@@ -69,20 +71,16 @@ def plan():
         missing.append("torch >= 2.11 in the environment that is installed into (pip install torch first)")
     if cxx is None:
         missing.append("a C++20 compiler (g++ >= 11)")
-    cuda = None if want_cuda in OFF else find_cuda()
+    cuda, no_cuda = (None, "QLORA_ENGINE_BUILD_CUDA=0") if want_cuda in OFF else find_cuda()
     if cuda is None and want_cuda in ON:
-        missing.append("nvcc (install the CUDA toolkit or set CUDA_HOME)")
+        missing.append(no_cuda)
     if missing:
         reason = "missing " + ", ".join(missing)
         if want_cuda in ON:
             raise SystemExit(f"qlora_engine: QLORA_ENGINE_BUILD_CUDA=1, but {reason}.")
         return None, None, reason
     if cuda is None:
-        return (
-            torch,
-            None,
-            "QLORA_ENGINE_BUILD_CUDA=0" if want_cuda in OFF else "nvcc was not found at build time",
-        )
+        return torch, None, no_cuda if want_cuda in OFF else f"missing at build time: {no_cuda}"
     return torch, cuda, None
 
 

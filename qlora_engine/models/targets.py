@@ -106,7 +106,8 @@ def find_targets(model: nn.Module, config: QLoRAConfig) -> tuple[list[str], list
     check_patterns(config.modules_to_save, paths, "modules_to_save")
     saved = [path for path in paths if matches_any(config.modules_to_save, path)]
     inside_saved = {p for p in linears if any(p == s or p.startswith(s + ".") for s in saved)}
-    named = [pattern for pattern in config.target_modules if pattern != ALL_LINEAR]
+    named = [pattern for pattern in config.target_modules if pattern != ALL_LINEAR] if config.r else []
+    check_patterns(named, list(linears), "target_modules")
     if config.skip_modules is None:
         asked_for = {path for path in linears if matches_any(named, path)}
         skipped = (heads_and_tied(model) - asked_for) | inside_saved
@@ -121,9 +122,7 @@ def find_targets(model: nn.Module, config: QLoRAConfig) -> tuple[list[str], list
         )
     if config.r == 0:
         return quantized, [], saved
-    check_patterns(named, list(linears), "target_modules")
-    if config.exclude_modules:
-        check_patterns(config.exclude_modules, list(linears), "exclude_modules")
+    check_patterns(config.exclude_modules, list(linears), "exclude_modules")
     adapted = [
         path
         for path in (quantized if ALL_LINEAR in config.target_modules else linears)

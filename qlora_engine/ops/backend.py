@@ -81,7 +81,7 @@ def _load_library() -> None:
         raise ImportError(f"{ENVIRONMENT_VARIABLE}=compiled, but the compiled library is missing: {_library_error}")
 
 
-def _checked(name: str):
+def reference_operator(name: str):
     """The reference of an operator behind the argument checks that the compiled operators make themselves."""
     from qlora_engine.ops.checks import CHECKS
 
@@ -103,7 +103,7 @@ def _register() -> None:
         for device, key in _DISPATCH_KEYS.items():
             compiled = torch._C._dispatch_has_kernel_for_dispatch_key(qualified, key)
             if not compiled:
-                torch.library.impl(qualified, device)(_checked(name))
+                torch.library.impl(qualified, device)(reference_operator(name))
             _implementations[name, device] = "compiled" if compiled else "reference"
 
 

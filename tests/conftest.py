@@ -1,0 +1,63 @@
+"""What this machine can run, and what every test may use."""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test reaches a network
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+import torch
+
+from qlora_engine.ops import backend
+
+
+def why_no_gpu() -> str | None:
+    """Why tests marked `gpu` cannot run here, or None."""
+    if not torch.cuda.is_available():
+        return "no CUDA device"
+    if backend.implementation("dequantize_nf4", "cuda") != "compiled":
+        return f"the CUDA operators are not compiled: {backend.library_error() or backend.build_info().get('reason')}"
+    return None
+
+
+def pytest_collection_modifyitems(config, items):
+    reason = why_no_gpu()
+    gpu_items = [item for item in items if item.get_closest_marker("gpu")]
+    config.stash[GPU_SKIPS] = (len(gpu_items), reason)
+    if reason:
+        for item in gpu_items:
+            item.add_marker(pytest.mark.skip(reason=f"gpu: {reason}"))
+
+
+GPU_SKIPS = pytest.StashKey[tuple[int, str | None]]()
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    count, reason = config.stash.get(GPU_SKIPS, (0, None))
+    libraries = {device: backend.implementation("linear_nf4", device) for device in ("cpu", "cuda")}
+    terminalreporter.write_line(
+        f"operators: {libraries}; GPU tests: {count}, {f'skipped: {reason}' if reason else 'run'}"
+    )
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request) -> str:
+    """Every device that a test of this machine can use."""
+    return request.param
+
+
+@pytest.fixture
+def poisoned_memory():
+    """Freshly allocated tensors hold NaN (or the largest integer), so that an element nobody wrote shows."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(before[0])
+    torch.utils.deterministic.fill_uninitialized_memory = before[1]

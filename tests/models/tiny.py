@@ -1,0 +1,68 @@
+"""Tiny random models of real architectures."""
+
+import torch
+
+VOCABULARY = 128
+
+
+def llama(seed: int = 0, **options):
+    """Two layers, grouped-query attention, widths that are and are not multiples of a block."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=VOCABULARY,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=0,
+        **{"tie_word_embeddings": False, **options},
+    )
+    return LlamaForCausalLM(config)
+
+
+def gpt2(seed: int = 0, **options):
+    """Two layers whose linear layers are transformers' Conv1D, with biases and a tied head."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(seed)
+    config = GPT2Config(
+        n_embd=64,
+        n_layer=2,
+        n_head=4,
+        n_positions=64,
+        vocab_size=VOCABULARY,
+        bos_token_id=1,
+        eos_token_id=2,
+        **options,
+    )
+    return GPT2LMHeadModel(config)
+
+
+def bert(seed: int = 0, **options):
+    """Two layers with a classification head."""
+    from transformers import BertConfig, BertForSequenceClassification
+
+    torch.manual_seed(seed)
+    config = BertConfig(
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        vocab_size=VOCABULARY,
+        max_position_embeddings=64,
+        num_labels=3,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+        **options,
+    )
+    return BertForSequenceClassification(config)
+
+
+def token_ids(batch: int = 2, length: int = 12) -> torch.Tensor:
+    """int64 `[batch, length]`, the same each time."""
+    return torch.randint(3, VOCABULARY, (batch, length), generator=torch.Generator().manual_seed(0))
