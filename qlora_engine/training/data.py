@@ -149,7 +149,7 @@ def _read_csv(path: Path):
                     continue
                 if len(cells) != len(header):
                     raise DataError(
-                        f"{path}, line {reader.line_num}: {len(cells)} cells, but the header names {len(header)} columns"
+                        f"{path}, line {reader.line_num}: {len(cells)} cells under a header of {len(header)} columns"
                     )
                 yield f"line {reader.line_num}", dict(zip(header, cells, strict=True))
     except UnicodeDecodeError as error:

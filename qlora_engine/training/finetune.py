@@ -241,41 +241,41 @@ def _load_model(options: FinetuneOptions, device: torch.device, dtype: torch.dty
 def _build_trainer(options, model, tokenizer, train_rows, held_out, device, dtype) -> QLoRATrainer:
     on_gpu = device.type == "cuda"
     checkpointing = options.gradient_checkpointing == "on" or (options.gradient_checkpointing == "auto" and on_gpu)
-    settings = dict(
-        output_dir=str(Path(options.output) / "checkpoints"),
-        seed=options.seed,
-        use_cpu=not on_gpu,
-        bf16=dtype == torch.bfloat16,
-        fp16=dtype == torch.float16,
-        max_length=options.max_length,
-        packing=options.packing,
-        eval_packing=False,  # so that the held-out loss does not depend on it
-        completion_only_loss=options.completion_only and train_rows.format == "prompt/completion",
-        assistant_only_loss=options.assistant_only,
-        num_train_epochs=options.epochs,
-        max_steps=options.max_steps or -1,
-        per_device_train_batch_size=options.batch_size,
-        per_device_eval_batch_size=options.batch_size,
-        gradient_accumulation_steps=options.grad_accum,
-        learning_rate=options.learning_rate,
-        lr_scheduler_type=options.lr_schedule if options.lr_schedule != "constant" else "constant_with_warmup",
-        warmup_steps=options.warmup_steps,
-        weight_decay=options.weight_decay,
-        max_grad_norm=options.max_grad_norm,
-        gradient_checkpointing=checkpointing,
-        gradient_checkpointing_kwargs={"use_reentrant": False} if checkpointing else None,
-        eval_strategy="steps" if held_out else "no",
-        eval_steps=options.eval_every or 0.25,  # below one: a part of all steps
-        prediction_loss_only=True,
-        logging_strategy="steps",
-        logging_steps=1,  # a longer mean would lose its first part when a run is interrupted
-        save_strategy="steps" if options.save_every else "no",
-        save_steps=options.save_every or 500,
-        save_total_limit=options.keep_checkpoints,
-        dataloader_pin_memory=on_gpu,
-        disable_tqdm=True,
-        report_to="none",
-    )
+    settings = {
+        "output_dir": str(Path(options.output) / "checkpoints"),
+        "seed": options.seed,
+        "use_cpu": not on_gpu,
+        "bf16": dtype == torch.bfloat16,
+        "fp16": dtype == torch.float16,
+        "max_length": options.max_length,
+        "packing": options.packing,
+        "eval_packing": False,  # so that the held-out loss does not depend on it
+        "completion_only_loss": options.completion_only and train_rows.format == "prompt/completion",
+        "assistant_only_loss": options.assistant_only,
+        "num_train_epochs": options.epochs,
+        "max_steps": options.max_steps or -1,
+        "per_device_train_batch_size": options.batch_size,
+        "per_device_eval_batch_size": options.batch_size,
+        "gradient_accumulation_steps": options.grad_accum,
+        "learning_rate": options.learning_rate,
+        "lr_scheduler_type": options.lr_schedule if options.lr_schedule != "constant" else "constant_with_warmup",
+        "warmup_steps": options.warmup_steps,
+        "weight_decay": options.weight_decay,
+        "max_grad_norm": options.max_grad_norm,
+        "gradient_checkpointing": checkpointing,
+        "gradient_checkpointing_kwargs": {"use_reentrant": False} if checkpointing else None,
+        "eval_strategy": "steps" if held_out else "no",
+        "eval_steps": options.eval_every or 0.25,  # below one: a part of all steps
+        "prediction_loss_only": True,
+        "logging_strategy": "steps",
+        "logging_steps": 1,  # a longer mean would lose its first part when a run is interrupted
+        "save_strategy": "steps" if options.save_every else "no",
+        "save_steps": options.save_every or 500,
+        "save_total_limit": options.keep_checkpoints,
+        "dataloader_pin_memory": on_gpu,
+        "disable_tqdm": True,
+        "report_to": "none",
+    }
     with warnings.catch_warnings():
         # transformers 5.23 renamed gradient_checkpointing; TRL 1.16 still speaks the old name
         warnings.simplefilter("ignore", FutureWarning)

@@ -1,5 +1,7 @@
 """The options of `qlora finetune`: one dataclass from which the flags and the YAML keys are both derived."""
 
+# ruff: noqa: RUF009  -- option() returns a dataclasses.field
+
 import argparse
 import dataclasses
 import difflib
@@ -223,9 +225,7 @@ def _converted(kind: type, value, name: str):
             if value != value or value in (float("inf"), float("-inf")):
                 raise OptionError(f"{name} is {value}; expected a finite number")
             return float(value)
-    elif kind is int and isinstance(value, int) and not isinstance(value, bool):
-        return value
-    elif kind in (str, bool) and isinstance(value, kind):
+    elif isinstance(value, kind) and (kind is not int or not isinstance(value, bool)):
         return value
     words = {float: "a number", int: "a whole number", bool: "true or false", str: "text"}
     raise OptionError(f"{name} is {value!r}; expected {words[kind]}")

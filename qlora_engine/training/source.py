@@ -47,7 +47,7 @@ def is_on_this_machine(name: str) -> bool:
 
 
 def work_offline() -> None:
-    """Keeps transformers from asking the hub about files that are already here. To be called before it is imported."""
+    """Keeps transformers from asking the hub about local files. To be called before it is imported."""
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 
