@@ -44,7 +44,7 @@ def summarize(*, options, metrics, sizes, adapter_bytes, rows, peak, seconds, de
     }
 
 
-def pair_samples(tokenizer, prompts, before: list[str], after: list[str]) -> list[dict]:
+def pair_samples(prompts, before: list[str], after: list[str]) -> list[dict]:
     """Prompt, reference and both generations of each sample; a conversation is shown by its last message."""
     paired = []
     for (prompt, reference), old, new in zip(prompts, before, after, strict=False):
@@ -143,10 +143,11 @@ A QLoRA adapter: trained on a frozen base in NF4 by qlora_engine.
 | --- | --- |
 {table}
 
-![Training and held-out loss](loss_curve.png)
+![Loss against steps](loss_curve.png)
 
 Generations before and after are in [samples.md](samples.md), every figure in [metrics.jsonl](metrics.jsonl) and
-[summary.json](summary.json), the options of the run in [options.yaml](options.yaml). Made with {versions}.
+[summary.json](summary.json), the options of the run in [options.yaml](options.yaml).
+Made with {versions}.
 
 ## Use
 

@@ -2,11 +2,9 @@
 
 import contextlib
 import json
-import os
-import re
-import shlex
 import signal
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,8 +15,6 @@ from trl import SFTTrainer
 
 from qlora_engine.models.adapter import load_adapter, save_adapter
 from qlora_engine.training.memory import GIB, peak_memory
-
-STATE_FILE = "trainer_state.json"
 
 
 class QLoRATrainer(SFTTrainer):
@@ -39,24 +35,6 @@ class QLoRATrainer(SFTTrainer):
         """Nothing: the report writes the card, with what was measured."""
 
 
-def last_checkpoint(folder: str | Path) -> Path | None:
-    """The latest complete checkpoint. The trainer's state is written last: without it, a save was cut short."""
-    found = []
-    for path in Path(folder).glob("checkpoint-*"):
-        match = re.fullmatch(r"checkpoint-(\d+)", path.name)
-        if match and _is_json(path / STATE_FILE):
-            found.append((int(match[1]), path))
-    return max(found)[1] if found else None
-
-
-def _is_json(path: Path) -> bool:
-    try:
-        json.loads(path.read_text())
-    except (OSError, ValueError):
-        return False
-    return True
-
-
 class StopRequest:
     """Whether the user asked to stop."""
 
@@ -68,6 +46,9 @@ class StopRequest:
 def stop_on_interrupt() -> Iterator[StopRequest]:
     """Within this context the first Ctrl-C asks for a stop after the current step; the second ends at once."""
     request = StopRequest()
+    if threading.current_thread() is not threading.main_thread():  # Python delivers signals to that one only
+        yield request
+        return
 
     def ask(signum, frame):
         if request.asked:
@@ -180,8 +161,3 @@ class ProgressBar(TrainerCallback):
             self.bar.write(text, file=self.stream)
         else:
             print(text, file=self.stream, flush=True)
-
-
-def resume_command(config: Path) -> str:
-    """The shell command that continues the run whose options are in a YAML file."""
-    return f"qlora finetune --config {shlex.quote(os.fspath(config))} --resume"

@@ -42,6 +42,7 @@ def save_model(folder: Path, *, chat_template: bool = True) -> Path:
         num_key_value_heads=2,
         vocab_size=len(fast),
         max_position_embeddings=256,
+        initializer_range=0.1,  # with the usual 0.02, a frozen tied head could hardly prefer any token
         bos_token_id=1,
         eos_token_id=2,
         pad_token_id=0,
