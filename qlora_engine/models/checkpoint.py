@@ -13,7 +13,7 @@ from torch import nn
 from qlora_engine.models.adapter import load_adapter
 from qlora_engine.models.config import QLoRAConfig
 from qlora_engine.models.files import atomic_directory
-from qlora_engine.models.prepare import prepare, quantize_model, replace_module
+from qlora_engine.models.prepare import prepare, quantize_model, replace_module, untie
 from qlora_engine.models.shards import Shards, find_shards, resolve_folder
 from qlora_engine.models.targets import find_targets
 from qlora_engine.nn.nf4_linear import NF4Linear, is_transposed_linear
@@ -136,10 +136,11 @@ def load_quantized(
     else:
         paths, _, _ = find_targets(model, config)
         modules = {p: {"blocksize": config.blocksize, "double_quant": config.double_quant} for p in paths}
+    sources = {path: untie(model, path) for path in modules}
     for path, options in modules.items():
         replace_module(model, path, _empty_layer(model, path, **options))
     with torch.no_grad():
-        _fill(model, shards, device, dtype, progress)
+        _fill(model, shards, sources, device, dtype, progress)
     if device is not None:
         model.to(device)  # the buffers that no file holds
     target_dtype = dtype or next((p.dtype for p in model.parameters() if p.is_floating_point()), None)
@@ -207,8 +208,11 @@ def _empty_layer(model: nn.Module, path: str, blocksize: int, double_quant: bool
     return new.train(old.training)
 
 
-def _fill(model: nn.Module, shards: Shards, device, dtype: torch.dtype | None, progress: bool) -> None:
-    """Puts every tensor of the files into the model; quantizes where a 4-bit layer gets a floating weight."""
+def _fill(model: nn.Module, shards: Shards, sources, device, dtype: torch.dtype | None, progress: bool) -> None:
+    """Puts every tensor of the files into the model; quantizes where a 4-bit layer gets a floating weight.
+
+    A layer that was tied to another (`sources`) may have no tensor of its own in the files: it gets the other's.
+    """
     from tqdm import tqdm
 
     expected = set(model.state_dict())
@@ -224,6 +228,9 @@ def _fill(model: nn.Module, shards: Shards, device, dtype: torch.dtype | None, p
                 filled.add(own)
             bar.update(tensor.nbytes)
     model.tie_weights()
+    for path, source in sources.items():
+        if source in filled and f"{path}.weight" not in filled:
+            _assign(model, f"{path}.weight", model.get_parameter(source), device, dtype)
     empty = [n for n, t in model.state_dict().items() if t.is_meta]
     ignored = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or []
     unexpected = [n for n in unexpected if not _is_ignored(n, ignored)]
