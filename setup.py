@@ -116,7 +116,8 @@ class Build(build_ext):
             str(torch / "include"),
         ]
         common += ["-I", str(ROOT / "csrc")]
-        host = ["-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wno-psabi"]
+        host = ["-O3", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-Wall", "-Wno-psabi"]
+        host += ["-Wno-maybe-uninitialized"]  # gcc 12 sees it in its own AVX-512 headers
         if cuda:
             common += ["-DUSE_CUDA", "-DQLORA_ENGINE_CUDA", "-isystem", str(cuda / "include")]
         headers = hashlib.sha256()

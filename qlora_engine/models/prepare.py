@@ -40,6 +40,7 @@ def prepare(
     for path in quantized:
         layer = model.get_submodule(path)
         if not isinstance(layer, NF4Linear):
+            untie(model, path)
             new = NF4Linear.from_linear(
                 layer, blocksize=config.blocksize, double_quant=config.double_quant, device=device
             )
@@ -67,6 +68,21 @@ def quantize_model(
 ) -> nn.Module:
     """Quantizes a model's linear layers to NF4 without adding adapters; see `prepare`."""
     return prepare(model, dataclasses.replace(config or QLoRAConfig(), r=0), device)
+
+
+def untie(model: nn.Module, path: str) -> str | None:
+    """A layer whose weight transformers ties to another, as a head to the embeddings, stops being tied to it.
+
+    A 4-bit layer has a weight of its own; tying the model again would put the 16-bit one back in its place.
+
+    Returns:
+        The name of the parameter that it was tied to, or None where it was not.
+    """
+    tied = getattr(model, "all_tied_weights_keys", None) or {}
+    source = tied.pop(f"{path}.weight", None)
+    if source is not None and not tied:
+        model.config.tie_word_embeddings = False
+    return source
 
 
 def replace_module(model: nn.Module, path: str, new: nn.Module) -> None:

@@ -1,0 +1,230 @@
+// NF4 encode and decode over the vector primitives of one instruction set (see kernels.h).
+//
+// Bounded by memory: 4096 x 4096 float32 is 64 MiB read for 8 MiB written (quantize), or the reverse (dequantize).
+// A decoded element is round(level[code] * absmax): one float32 product, one rounding to the output's type.
+#pragma once
+#include "kernels.h"
+
+namespace {
+
+using qlora_engine::cpu::Element;
+using qlora_engine::cpu::Nf4View;
+using simd::F;
+using simd::I;
+constexpr int W = simd::kWidth;
+
+#define QLORA_INLINE inline __attribute__((always_inline))
+
+// A block of zeros is divided by this instead of by zero; bitsandbytes' number (backends/default/ops.py).
+constexpr float kSmallestAbsmax = 1e-38f;
+
+typedef uint32_t U __attribute__((vector_size(sizeof(F))));
+
+// float32 to bfloat16 bits in the high half of each lane: nearest, ties to even. Not the processor's own
+// conversion (VCVTNEPS2BF16), which flushes subnormal numbers.
+QLORA_INLINE I round_bf16_bits(F v) {
+  const U bits = (U)v;
+  const U rounded = bits + 0x7fff + ((bits >> 16) & 1);
+  const U quiet = bits | 0x400000;  // rounding could carry a NaN's payload into zero
+  return (I)((bits & 0x7fffffff) > 0x7f800000 ? quiet : rounded);
+}
+
+template <Element E>
+QLORA_INLINE F round_to(F v) {
+  if constexpr (E == Element::kBFloat16) return (F)(round_bf16_bits(v) & (int32_t)0xffff0000);
+  if constexpr (E == Element::kFloat16) return simd::round_fp16(v);
+  return v;
+}
+
+template <Element E>
+QLORA_INLINE F load_as_float(const void* base, int64_t i) {
+  if constexpr (E == Element::kFloat32) return simd::load((const float*)base + i);
+  if constexpr (E == Element::kBFloat16) return simd::load_bf16((const uint16_t*)base + i);
+  return simd::load_fp16((const uint16_t*)base + i);
+}
+
+template <Element E>
+QLORA_INLINE void store_from_float(void* base, int64_t i, F v) {
+  if constexpr (E == Element::kFloat32) simd::store((float*)base + i, v);
+  if constexpr (E == Element::kBFloat16) simd::store_high_halves((uint16_t*)base + i, round_bf16_bits(v));
+  if constexpr (E == Element::kFloat16) simd::store_fp16((uint16_t*)base + i, v);
+}
+
+// The first n (< W) elements, through a vector's worth of memory.
+template <Element E>
+inline F load_some(const void* base, int64_t i, int n) {
+  if constexpr (E == Element::kFloat32) {
+    float lanes[W] = {};
+    for (int j = 0; j < n; ++j) lanes[j] = ((const float*)base)[i + j];
+    return simd::load(lanes);
+  } else {
+    uint16_t lanes[W] = {};
+    for (int j = 0; j < n; ++j) lanes[j] = ((const uint16_t*)base)[i + j];
+    return load_as_float<E>(lanes, 0);
+  }
+}
+
+template <Element E>
+inline void store_some(void* base, int64_t i, F v, int n) {
+  if constexpr (E == Element::kFloat32) {
+    float lanes[W];
+    simd::store(lanes, v);
+    for (int j = 0; j < n; ++j) ((float*)base)[i + j] = lanes[j];
+  } else {
+    uint16_t lanes[W];
+    store_from_float<E>(lanes, 0, v);
+    for (int j = 0; j < n; ++j) ((uint16_t*)base)[i + j] = lanes[j];
+  }
+}
+
+// Calls with_element.operator()<E>() for a run-time element type.
+template <class Function>
+QLORA_INLINE void for_element(Element element, Function function) {
+  switch (element) {
+    case Element::kFloat32: return function.template operator()<Element::kFloat32>();
+    case Element::kBFloat16: return function.template operator()<Element::kBFloat16>();
+    case Element::kFloat16: return function.template operator()<Element::kFloat16>();
+  }
+}
+
+// ---- encode
+
+template <Element E>
+inline float absolute_maximum(const void* weight, int64_t i, int64_t end) {
+  // As integers: NaN is then the largest, so that it reaches the scale as it does in torch.
+  I largest = {}, other = {};
+  for (; i + 2 * W <= end; i += 2 * W) {
+    const I a = (I)load_as_float<E>(weight, i) & 0x7fffffff, b = (I)load_as_float<E>(weight, i + W) & 0x7fffffff;
+    largest = a > largest ? a : largest;
+    other = b > other ? b : other;
+  }
+  for (; i < end; i += W) {
+    const F v = i + W <= end ? load_as_float<E>(weight, i) : load_some<E>(weight, i, (int)(end - i));
+    const I a = (I)v & 0x7fffffff;
+    largest = a > largest ? a : largest;
+  }
+  largest = other > largest ? other : largest;
+  int32_t bits = 0;
+  for (int j = 0; j < W; ++j) bits = largest[j] > bits ? largest[j] : bits;
+  float value;
+  __builtin_memcpy(&value, &bits, 4);
+  return value;
+}
+
+template <Element E>
+inline void quantize_block(const void* weight, int64_t begin, int64_t end, float scale, bool divide, uint8_t* packed) {
+  const F factor = simd::broadcast(scale);
+  int64_t i = begin;
+  if (!divide) {
+    const F reciprocal = 1.0f / factor;
+    for (; i + 2 * W <= end; i += 2 * W) {
+      simd::store_codes(packed + i / 2, simd::nearest_levels(load_as_float<E>(weight, i) * reciprocal));
+      simd::store_codes(packed + (i + W) / 2, simd::nearest_levels(load_as_float<E>(weight, i + W) * reciprocal));
+    }
+    return;  // a whole block: 32 elements or a multiple
+  }
+  for (; i < end; i += W) {
+    const int n = end - i < W ? (int)(end - i) : W;
+    uint8_t bytes[W / 2];
+    simd::store_codes(bytes, simd::nearest_levels(load_some<E>(weight, i, n) / factor));  // a lane without element: 7
+    for (int j = 0; j < (n + 1) / 2; ++j) packed[i / 2 + j] = bytes[j];
+  }
+}
+
+template <Element E>
+inline void quantize_blocks(const void* weight, int64_t numel, int64_t blocksize, int64_t first, int64_t last,
+                            uint8_t* packed, float* absmax) {
+  for (int64_t block = first; block < last; ++block) {
+    const int64_t begin = block * blocksize, end = begin + blocksize < numel ? begin + blocksize : numel;
+    const bool ragged = end - begin < blocksize;
+    const float largest = absolute_maximum<E>(weight, begin, end);
+    // bitsandbytes multiplies by the reciprocal, but divides in a short last block, whose bounded scale it also keeps
+    const float bounded = largest < kSmallestAbsmax ? kSmallestAbsmax : largest;
+    absmax[block] = ragged ? bounded : largest;
+    quantize_block<E>(weight, begin, end, bounded, ragged, packed);
+  }
+}
+
+void quantize(const void* weight, Element element, int64_t numel, int64_t blocksize, int64_t first, int64_t last,
+              uint8_t* packed, float* absmax) {
+  for_element(element, [&]<Element E>() { quantize_blocks<E>(weight, numel, blocksize, first, last, packed, absmax); });
+}
+
+// ---- decode
+
+constexpr float kLevel[16] = {QLORA_NF4_LEVELS};
+
+// Calls vector(v, i, slot) with W decoded float32 products, and single(v, i) with one, until every element of
+// [first, last) was seen once, in order; i counts from 0 at `first`. Neighbouring vectors have different slots (0 and
+// 1, known when compiling), so that a sum can keep two accumulators.
+template <class Vector, class Single>
+QLORA_INLINE void for_each_decoded(const Nf4View& weight, int64_t first, int64_t last, Vector vector, Single single) {
+  int64_t i = first;
+  if ((i & 1) && i < last) {
+    single(kLevel[weight.packed[i >> 1] & 15] * weight.absmax[i >> weight.block_shift], i - first);
+    ++i;
+  }
+  while (i < last) {
+    const int64_t block = i >> weight.block_shift, next = (block + 1) << weight.block_shift;
+    const int64_t end = next < last ? next : last;
+    const float scale = weight.absmax[block];
+    const F scales = simd::broadcast(scale);
+    for (; i + 2 * W <= end; i += 2 * W) {
+      vector(simd::levels(simd::unpack_codes(weight.packed + (i >> 1))) * scales, i - first, 0);
+      vector(simd::levels(simd::unpack_codes(weight.packed + ((i + W) >> 1))) * scales, i + W - first, 1);
+    }
+    for (; i + W <= end; i += W) {
+      vector(simd::levels(simd::unpack_codes(weight.packed + (i >> 1))) * scales, i - first, 0);
+    }
+    for (; i < end; ++i) {
+      const int byte = weight.packed[i >> 1];
+      single(kLevel[i & 1 ? byte & 15 : byte >> 4] * scale, i - first);
+    }
+  }
+}
+
+template <Element E>
+inline void dequantize_through_caches(const Nf4View& weight, int64_t first, int64_t last, void* out) {
+  for_each_decoded(
+      weight, first, last, [&](F v, int64_t i, int) __attribute__((always_inline)) { store_from_float<E>(out, i, v); },
+      [&](float v, int64_t i) { store_some<E>(out, i, simd::broadcast(v), 1); });
+}
+
+// [first, last) of even bounds, out + (i - first) aligned to a vector wherever i - first is a multiple of 2 W.
+template <Element E>
+inline void dequantize_around_caches(const Nf4View& weight, int64_t first, int64_t last, void* out) {
+  int64_t i = first;
+  const int64_t whole = first + (last - first) / (2 * W) * (2 * W);
+  while (i < whole) {
+    const int64_t block = i >> weight.block_shift, next = (block + 1) << weight.block_shift;
+    const int64_t end = next < whole ? next : whole;
+    const F scales = simd::broadcast(weight.absmax[block]);
+    for (; i < end; i += 2 * W) {
+      const F a = simd::levels(simd::unpack_codes(weight.packed + (i >> 1))) * scales;
+      const F b = simd::levels(simd::unpack_codes(weight.packed + ((i + W) >> 1))) * scales;
+      if constexpr (E == Element::kFloat32) {
+        simd::stream((float*)out + (i - first), a);
+        simd::stream((float*)out + (i - first) + W, b);
+      } else if constexpr (E == Element::kBFloat16) {
+        simd::stream_pair((uint16_t*)out + (i - first), (I)((U)round_bf16_bits(a) >> 16),
+                          (I)((U)round_bf16_bits(b) >> 16));
+      } else {
+        simd::stream_pair((uint16_t*)out + (i - first), simd::fp16_bits(a), simd::fp16_bits(b));
+      }
+    }
+  }
+  simd::stream_fence();
+  dequantize_through_caches<E>(weight, whole, last, (char*)out + (whole - first) * (E == Element::kFloat32 ? 4 : 2));
+}
+
+void dequantize(const Nf4View& weight, int64_t first, int64_t last, void* out, Element element, bool stream) {
+  for_element(element, [&]<Element E>() {
+    if (stream) {
+      dequantize_around_caches<E>(weight, first, last, out);
+    } else {
+      dequantize_through_caches<E>(weight, first, last, out);
+    }
+  });
+}
+
+}  // namespace

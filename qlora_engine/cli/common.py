@@ -1,0 +1,109 @@
+"""What the commands share: flags, quiet libraries, and the loading of a model for use."""
+
+import argparse
+import importlib.util
+import os
+import sys
+
+from qlora_engine.training.errors import MissingDependency
+
+TRAIN_PACKAGES = ("transformers", "trl", "datasets", "accelerate", "yaml", "matplotlib", "psutil")
+LOAD_PACKAGES = ("transformers", "psutil")
+
+
+class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Keeps the line breaks of examples, and shows defaults unless a help text already does."""
+
+    def _get_help_string(self, action):
+        text = action.help or ""
+        if action.default in (None, False, argparse.SUPPRESS, []) or "(default:" in text or action.required:
+            return text
+        return super()._get_help_string(action)
+
+
+def add_command(commands, name: str, help: str, description: str, example: str) -> argparse.ArgumentParser:
+    """Adds a subcommand whose help ends with an example."""
+    return commands.add_parser(
+        name, help=help, description=description, epilog=f"example:\n{example}", formatter_class=Formatter
+    )
+
+
+def add_model_flags(parser: argparse.ArgumentParser, adapter: bool) -> None:
+    """--model, --adapter (where `adapter`), --device and --dtype."""
+    parser.add_argument("--model", required=True, help="model: a folder, a hub id, or a GGUF file")
+    if adapter:
+        parser.add_argument("--adapter", help="folder with an adapter in PEFT's format")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    parser.add_argument(
+        "--dtype", default="auto", choices=("auto", "fp32", "bf16", "fp16"), help="auto: bf16 on a GPU, fp32 on a CPU"
+    )
+
+
+def add_quantization_flags(parser: argparse.ArgumentParser) -> None:
+    """--blocksize and --double-quant, for models that are not quantized yet."""
+    parser.add_argument("--blocksize", type=int, default=64, metavar="N", help="elements that share one scale")
+    parser.add_argument(
+        "--double-quant", action=argparse.BooleanOptionalAction, default=True, help="quantize the scales as well"
+    )
+
+
+def require(packages: tuple[str, ...]) -> None:
+    """Raises MissingDependency naming the packages that are not installed."""
+    missing = [name for name in packages if importlib.util.find_spec(name) is None]
+    if missing:
+        raise MissingDependency(
+            f"this command needs {', '.join(missing)}; install with: pip install 'qlora_engine[train]'"
+        )
+
+
+def prepare_libraries(model: str, debug: bool) -> None:
+    """To be called before transformers is imported: no hub for local models, and no chatter unless --debug."""
+    from qlora_engine.training.source import is_on_this_machine, work_offline
+
+    if is_on_this_machine(model):
+        work_offline()
+    if not debug:
+        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+        os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+
+
+def load_for_use(args: argparse.Namespace):
+    """(model, tokenizer) for generation, merging or saving: quantized, with --adapter if there is one.
+
+    Raises:
+        UsageError: for what the user can put right.
+    """
+    require(LOAD_PACKAGES)
+    prepare_libraries(args.model, args.debug)
+    from transformers import AutoTokenizer
+
+    from qlora_engine.models.checkpoint import load_quantized
+    from qlora_engine.models.config import QLoRAConfig
+    from qlora_engine.training import memory
+    from qlora_engine.training.device import choose_device, choose_dtype
+    from qlora_engine.training.errors import as_usage_error, out_of_memory_as_usage_error
+    from qlora_engine.training.source import resolve_model
+
+    device = choose_device(args.device)
+    dtype = choose_dtype(args.dtype, device)
+    folder = resolve_model(args.model)
+    blocksize, double_quant = getattr(args, "blocksize", 64), getattr(args, "double_quant", True)
+    need = memory.estimate(folder, compute_bytes=dtype.itemsize, r=0, blocksize=blocksize, double_quant=double_quant)
+    memory.check_memory(need, str(device))
+    config = QLoRAConfig(r=0, blocksize=blocksize, double_quant=double_quant)
+    with as_usage_error(), out_of_memory_as_usage_error(f"The model needs {need}"):
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        adapter = getattr(args, "adapter", None)
+        model = load_quantized(folder, config, device=device, dtype=dtype, adapter=adapter)
+    return model.eval(), tokenizer
+
+
+def say(text: str) -> None:
+    """Prints a line for people, beside what a command writes to standard output."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def mib(count: int) -> str:
+    """Bytes in MiB, for people."""
+    return f"{count / 2**20:,.1f} MiB"

@@ -1,0 +1,292 @@
+"""Whole models as files: 4-bit ones saved, 4-bit or 16-bit ones loaded without the 16-bit model ever existing."""
+
+import json
+import math
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from qlora_engine.models.adapter import load_adapter
+from qlora_engine.models.config import QLoRAConfig
+from qlora_engine.models.files import atomic_directory
+from qlora_engine.models.prepare import prepare, quantize_model, replace_module, untie
+from qlora_engine.models.shards import Shards, find_shards, resolve_folder
+from qlora_engine.models.targets import find_targets
+from qlora_engine.nn.nf4_linear import NF4Linear, is_transposed_linear
+from qlora_engine.quantization.weight import quantize
+
+QUANT_METHOD = "qlora_engine"
+WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json")
+MAX_SHARD_SIZE = "4GB"
+
+
+def save_quantized(model: nn.Module, directory: str | os.PathLike, tokenizer=None) -> Path:
+    """Saves the 4-bit base of a model, without adapters: safetensors and a configuration, whole or not at all.
+
+    Args:
+        model: a transformers model with 4-bit layers.
+        directory: folder; older weights in it are replaced, other files stay.
+        tokenizer: saved beside the model if given.
+
+    Returns:
+        The folder; `load_quantized` reads it.
+
+    Raises:
+        ValueError: where the model has no 4-bit layers.
+        TypeError: where it has no transformers configuration.
+    """
+    from huggingface_hub import split_torch_state_dict_into_shards
+    from safetensors.torch import save_file
+
+    layers = {path: m for path, m in model.named_modules() if isinstance(m, NF4Linear)}
+    if not layers:
+        raise ValueError("the model has no 4-bit layers; call qlora_engine.quantize_model on it first")
+    if not hasattr(model, "config") or not hasattr(model.config, "save_pretrained"):
+        raise TypeError(f"{type(model).__name__} has no transformers configuration; save its state_dict instead")
+    tensors = _base_tensors(model)
+    plan = split_torch_state_dict_into_shards(
+        tensors, filename_pattern="model{suffix}.safetensors", max_shard_size=MAX_SHARD_SIZE
+    )
+    with atomic_directory(directory, replaces=WEIGHT_FILES) as folder:
+        for file, names in plan.filename_to_tensors.items():
+            shard = {name: tensors[name].detach().cpu().contiguous() for name in names}
+            save_file(shard, folder / file, metadata={"format": "pt"})
+        if plan.is_sharded:
+            index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
+            (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1, sort_keys=True))
+        model.config.save_pretrained(folder)
+        config = json.loads((folder / "config.json").read_text())
+        config["quantization_config"] = {
+            "quant_method": QUANT_METHOD,
+            "format": "nf4",
+            "modules": {
+                path: {"blocksize": layer.blocksize, "double_quant": layer.double_quant}
+                for path, layer in layers.items()
+            },
+        }
+        config["architectures"] = [type(model).__name__]
+        (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+        if getattr(model, "generation_config", None) is not None:
+            model.generation_config.save_pretrained(folder)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
+    return Path(directory)
+
+
+def _base_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The state without adapters; a tensor that two names share is kept under the first."""
+    kept, seen = {}, set()
+    for name, tensor in model.state_dict().items():
+        if ".lora_A." in name or ".lora_B." in name:
+            continue
+        identity = (tensor.data_ptr(), tensor.shape, tensor.dtype)
+        if tensor.numel() and identity in seen:
+            continue
+        seen.add(identity)
+        kept[name] = tensor
+    return kept
+
+
+def load_quantized(
+    path_or_hub_id: str | os.PathLike,
+    config: QLoRAConfig | None = None,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+    adapter: str | os.PathLike | None = None,
+    progress: bool = True,
+) -> nn.Module:
+    """Loads a model into 4 bits, tensor by tensor: the 16-bit model never exists as a whole.
+
+    Reads a folder that `save_quantized` wrote, or an ordinary one with `config.json` and safetensors, whose linear
+    layers are quantized on `device` as they arrive. Pickled weights are refused: reading them can run code.
+
+    Args:
+        path_or_hub_id: a folder, or a model's name on the Hugging Face hub, which is downloaded.
+        config: what to quantize and adapt; default: all linear layers, no adapters.
+        device: where the model is to live; default: the CPU.
+        dtype: of what is not quantized, and of the computation; default: the model's own.
+        adapter: folder of a saved adapter to load on top.
+        progress: show a progress bar.
+
+    Returns:
+        The model, frozen but for its adapters, in evaluation mode.
+
+    Raises:
+        FileNotFoundError: where the folder or a file in it is missing.
+        ValueError: where a file cannot be read, or its tensors do not fit the model.
+        TargetError: where a pattern of `config` matches nothing.
+    """
+    folder = resolve_folder(path_or_hub_id)
+    shards = find_shards(folder)
+    settings = _read_config(folder)
+    quantization = settings.get("quantization_config")
+    method = (quantization or {}).get("quant_method")
+    if quantization and method != QUANT_METHOD:
+        raise ValueError(
+            f"{folder} is already quantized ({method}), a format that cannot be read here; load the 16-bit model"
+        )
+    config = config or QLoRAConfig(r=0)
+    model = _empty_model(folder, settings)
+    if quantization:
+        modules = quantization["modules"]
+    else:
+        paths, _, _ = find_targets(model, config)
+        modules = {p: {"blocksize": config.blocksize, "double_quant": config.double_quant} for p in paths}
+    sources = {path: untie(model, path) for path in modules}
+    for path, options in modules.items():
+        replace_module(model, path, _empty_layer(model, path, **options))
+    with torch.no_grad():
+        _fill(model, shards, sources, device, dtype, progress)
+    if device is not None:
+        model.to(device)  # the buffers that no file holds
+    target_dtype = dtype or next((p.dtype for p in model.parameters() if p.is_floating_point()), None)
+    for layer in model.modules():
+        if isinstance(layer, NF4Linear) and target_dtype is not None:
+            layer.weight_dtype = target_dtype
+    model.config.dtype = target_dtype
+    (prepare if config.r else quantize_model)(model, config)
+    if adapter is not None:
+        load_adapter(model, adapter)
+    return model.eval()
+
+
+def _read_config(folder: Path) -> dict:
+    path = folder / "config.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"{folder} is not a model: there is no config.json in it")
+    try:
+        return json.loads(path.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not readable JSON: {error}") from error
+
+
+def _empty_model(folder: Path, settings: dict) -> nn.Module:
+    """The model with its parameters on the meta device and its buffers, such as rotary frequencies, computed."""
+    import transformers
+    from accelerate import init_empty_weights
+
+    settings = {key: value for key, value in settings.items() if key != "quantization_config"}
+    try:
+        config = transformers.AutoConfig.for_model(**settings)
+    except (KeyError, ValueError) as error:
+        raise ValueError(
+            f"{folder / 'config.json'}: model_type {settings.get('model_type')!r} is not known to this transformers "
+            f"({transformers.__version__}); update it, or name another model"
+        ) from error
+    config._name_or_path = str(folder)
+    names = settings.get("architectures") or []
+    kind = next((getattr(transformers, name) for name in names if hasattr(transformers, name)), None)
+    with init_empty_weights(include_buffers=False):
+        model = kind(config) if kind else transformers.AutoModelForCausalLM.from_config(config)
+    model.tie_weights()
+    if (folder / "generation_config.json").is_file():
+        model.generation_config = transformers.GenerationConfig.from_pretrained(folder)
+    return model
+
+
+def _empty_layer(model: nn.Module, path: str, blocksize: int, double_quant: bool) -> NF4Linear:
+    try:
+        old = model.get_submodule(path)
+    except AttributeError as error:
+        raise ValueError(f"the configuration names a 4-bit layer {path!r}, which this model has not") from error
+    transposed = is_transposed_linear(old)
+    in_features, out_features = old.weight.shape if transposed else old.weight.shape[::-1]
+    new = NF4Linear(
+        in_features,
+        out_features,
+        old.bias is not None,
+        blocksize=blocksize,
+        double_quant=double_quant,
+        device="meta",
+        dtype=old.weight.dtype,
+    )
+    new.fan_in_fan_out = transposed
+    return new.train(old.training)
+
+
+def _fill(model: nn.Module, shards: Shards, sources, device, dtype: torch.dtype | None, progress: bool) -> None:
+    """Puts every tensor of the files into the model; quantizes where a 4-bit layer gets a floating weight.
+
+    A layer that was tied to another (`sources`) may have no tensor of its own in the files: it gets the other's.
+    """
+    from tqdm import tqdm
+
+    expected = set(model.state_dict())
+    prefix = getattr(model, "base_model_prefix", "")
+    unexpected, filled = [], set()
+    with tqdm(total=shards.nbytes, unit="B", unit_scale=True, desc="loading", disable=not progress) as bar:
+        for name, tensor in _named_tensors(shards):
+            own = name if name in expected else f"{prefix}.{name}"
+            if own not in expected:
+                unexpected.append(name)
+            else:
+                _assign(model, own, tensor, device, dtype)
+                filled.add(own)
+            bar.update(tensor.nbytes)
+    model.tie_weights()
+    for path, source in sources.items():
+        if source in filled and f"{path}.weight" not in filled:
+            _assign(model, f"{path}.weight", model.get_parameter(source), device, dtype)
+    empty = [n for n, t in model.state_dict().items() if t.is_meta]
+    ignored = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or []
+    unexpected = [n for n in unexpected if not _is_ignored(n, ignored)]
+    if empty or unexpected:
+        raise ValueError(
+            f"the files of {shards.folder} do not fit {type(model).__name__}: "
+            + "; ".join(
+                f"{what} {', '.join(names[:4])}{f' and {len(names) - 4} more' if len(names) > 4 else ''}"
+                for what, names in (("missing", empty), ("not in the model:", unexpected))
+                if names
+            )
+            + ". Load it with transformers' from_pretrained, and call qlora_engine.prepare on the model"
+        )
+
+
+def _is_ignored(name: str, patterns) -> bool:
+    # rotary frequencies were saved by old versions of transformers; the model computes them
+    return name.endswith(("rotary_emb.inv_freq", "attn.bias", "attn.masked_bias")) or any(
+        re.search(pattern, name) for pattern in patterns
+    )
+
+
+def _named_tensors(shards: Shards) -> Iterator[tuple[str, torch.Tensor]]:
+    for file in shards.files:
+        yield from shards.tensors_of(file)
+
+
+def _assign(model: nn.Module, name: str, tensor: torch.Tensor, device, dtype: torch.dtype | None) -> None:
+    path, _, leaf = name.rpartition(".")
+    module = model.get_submodule(path)
+    tensor = tensor if device is None else tensor.to(device)
+    if isinstance(module, NF4Linear) and leaf == "weight" and tensor.is_floating_point():
+        tensor = tensor.T.contiguous() if module.fan_in_fan_out else tensor
+        _check_shape(name, tensor, (module.out_features, module.in_features))
+        module.set_nf4_weight(quantize(tensor, module.blocksize, module.double_quant))
+        return
+    target = module._parameters.get(leaf)
+    is_parameter = target is not None
+    target = target if is_parameter else module._buffers[leaf]
+    _check_shape(name, tensor, tuple(target.shape))
+    is_scale = isinstance(module, NF4Linear) and leaf != "bias"
+    if is_scale and tensor.dtype != target.dtype:
+        raise ValueError(f"{name} is {tensor.dtype}; expected {target.dtype}")
+    if dtype is not None and tensor.is_floating_point() and not is_scale:
+        tensor = tensor.to(dtype)
+    if tensor.device.type == "cpu":
+        tensor = tensor.clone()  # the file's mapping is closed afterwards
+    if is_parameter:
+        module._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
+    else:
+        module._buffers[leaf] = tensor
+
+
+def _check_shape(name: str, tensor: torch.Tensor, expected: tuple[int, ...]) -> None:
+    if tuple(tensor.shape) != expected:
+        raise ValueError(
+            f"{name} has shape {list(tensor.shape)}; the model expects {list(expected)} "
+            f"({math.prod(expected)} elements)"
+        )

@@ -1,0 +1,166 @@
+"""The recipe of `qlora finetune`: data, model, training, evaluation, report."""
+
+import json
+import random
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from qlora_engine.training import checkpoints, data, memory
+from qlora_engine.training.device import choose_device, choose_dtype, see_one_gpu
+from qlora_engine.training.errors import DataError, Interrupted, OptionError, out_of_memory_as_usage_error
+from qlora_engine.training.options import FinetuneOptions
+from qlora_engine.training.source import resolve_model
+
+MEMORY_ADVICE = "Lower --batch-size (and raise --grad-accum), lower --max-length, or pass --gradient-checkpointing on"
+
+
+@dataclass(frozen=True)
+class FinetuneResult:
+    """What a run left.
+
+    Attributes:
+        output: the report's folder.
+        adapter: the folder with the adapter in PEFT's format.
+        model, tokenizer: the fine-tuned model, ready to generate.
+        summary: the content of summary.json.
+    """
+
+    output: Path
+    adapter: Path
+    model: torch.nn.Module
+    tokenizer: object
+    summary: dict
+
+
+def finetune(options: FinetuneOptions) -> FinetuneResult:
+    """Fine-tunes a model and writes adapter and report into `options.output`.
+
+    The 4-bit base is read from `options.model`; checkpoints hold only the adapter and the training state. A run
+    that was interrupted and resumed gives, on a CPU, bit for bit the adapter of one that was not.
+
+    Raises:
+        UsageError: for what the user can put right: data, model, targets, memory, options.
+        Interrupted: after Ctrl-C, when a checkpoint has been written.
+    """
+    began = time.perf_counter()
+    # everything that can be wrong with the input shows before the slow part: TRL's import and the model
+    options.check()
+    train_rows, held_out = _load_data(options)
+    checkpoint = checkpoints.checkpoint_to_resume(options)
+    device = choose_device(see_one_gpu(options.device))
+    dtype = choose_dtype(options.dtype, device)
+    folder = resolve_model(options.model)
+    need = memory.estimate(
+        folder,
+        compute_bytes=dtype.itemsize,
+        r=options.r,
+        blocksize=options.blocksize,
+        double_quant=options.double_quant,
+    )
+    memory.check_memory(need, str(device))
+
+    from qlora_engine.models.adapter import save_adapter
+    from qlora_engine.training import report, sampling, trainer
+    from qlora_engine.training.recipe import build_trainer, load_model
+    from qlora_engine.training.sizes import model_sizes
+
+    with out_of_memory_as_usage_error(f"The model needs {need}"):
+        model, tokenizer = load_model(options, folder, device, dtype)
+    loaded = time.perf_counter()
+    if options.chat or train_rows.format == "messages":
+        sampling.check_chat_template(tokenizer)
+    if options.chat:
+        train_rows, held_out = data.as_chat(train_rows), held_out and data.as_chat(held_out)
+    sizes = model_sizes(model)
+    output = Path(options.output)
+    if checkpoint is None:
+        checkpoints.begin_run(options)
+    metrics = trainer.MetricsLog(
+        output / checkpoints.METRICS_FILE, checkpoints.step_of(checkpoint) if checkpoint else None
+    )
+    with out_of_memory_as_usage_error(MEMORY_ADVICE), trainer.stop_on_interrupt() as stop:
+        loop = build_trainer(options, model, tokenizer, train_rows, held_out, device, dtype)
+        for callback in (metrics, trainer.ProgressBar(metrics, str(device)), trainer.StopCallback(stop)):
+            loop.add_callback(callback)
+        prompts = sampling.sample_prompts(held_out or train_rows, options.samples)
+
+        def samples() -> list[str]:
+            return sampling.greedy_samples(model, tokenizer, [prompt for prompt, _ in prompts], options.sample_tokens)
+
+        if checkpoint is None:
+            before = _state_before(loop, samples, output / checkpoints.BEFORE_FILE)
+        else:
+            before = json.loads((output / checkpoints.BEFORE_FILE).read_text(encoding="utf-8"))
+        loop.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        done = loop.state.global_step
+        if done < loop.state.max_steps:
+            saved = checkpoints.last_checkpoint(output)
+            raise Interrupted(done, str(saved), checkpoints.resume_command(output))
+        trained = time.perf_counter()
+        if held_out and not _evaluated_at(metrics, done):
+            loop.evaluate()
+        # TRL put its fused head in front of the model's own forward
+        model.__dict__.pop("forward", None)
+        after = samples()
+
+    adapter = output / checkpoints.ADAPTER
+    save_adapter(model, adapter)
+    tokenizer.save_pretrained(adapter)
+    summary = report.summarize(
+        options=options,
+        metrics=metrics,
+        sizes=sizes,
+        adapter_bytes=(adapter / "adapter_model.safetensors").stat().st_size,
+        rows=(train_rows, held_out),
+        peak=memory.peak_memory(str(device)),
+        seconds={
+            "load": loaded - began,
+            "train": metrics.seconds,
+            "session": trained - loaded,
+            "total": time.perf_counter() - began,
+        },
+        device=device,
+        dtype=dtype,
+    )
+    report.write(output, summary, metrics.records, report.pair_samples(prompts, before["samples"], after))
+    return FinetuneResult(output, adapter, model, tokenizer, summary)
+
+
+def _load_data(options: FinetuneOptions) -> tuple[data.Rows, data.Rows | None]:
+    rows = data.load_rows(options.data)
+    for name, wanted, formats in (
+        ("--chat", options.chat, ("prompt/completion",)),
+        ("--assistant-only", options.assistant_only, ("messages",)),
+    ):
+        if wanted and rows.format not in formats:
+            raise OptionError(f"{name} is for {' or '.join(formats)} rows; {options.data} holds `{rows.format}` rows")
+    held_out = data.load_rows(options.eval_data) if options.eval_data else data.load_held_out(options.data)
+    if held_out is None:
+        if options.eval_fraction == 0:
+            return rows, None
+        return data.split_rows(rows, options.eval_fraction, options.eval_max_rows, options.seed)
+    if held_out.format != rows.format:
+        raise DataError(
+            f"{held_out.source} holds `{held_out.format}` rows and {rows.source} `{rows.format}` rows; "
+            "expected the same format"
+        )
+    if len(held_out) > options.eval_max_rows:
+        chosen = sorted(random.Random(options.seed).sample(range(len(held_out)), options.eval_max_rows))
+        held_out = data.Rows(held_out.format, [held_out.rows[i] for i in chosen], held_out.source)
+    return rows, held_out
+
+
+def _state_before(loop, samples, file: Path) -> dict:
+    """Held-out loss (into the metrics) and samples of the model as it came; kept in `file` for a resumed run."""
+    if loop.eval_dataset is not None:
+        loop.evaluate()
+    before = {"samples": samples()}
+    file.write_text(json.dumps(before, ensure_ascii=False) + "\n", encoding="utf-8")
+    return before
+
+
+def _evaluated_at(metrics, step: int) -> bool:
+    return any(record["step"] == step and "eval_loss" in record for record in metrics.records)

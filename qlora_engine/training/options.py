@@ -1,0 +1,231 @@
+"""The options of `qlora finetune`: one dataclass from which the flags and the YAML keys are both derived."""
+
+# ruff: noqa: RUF009  -- option() returns a dataclasses.field
+
+import argparse
+import dataclasses
+import difflib
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from qlora_engine.training.errors import OptionError
+
+
+def option(default, help: str, *, choices: tuple[str, ...] = (), minimum=None, above=None, maximum=None):
+    """A dataclass field that knows its help text, its choices and its bounds."""
+    metadata = {"help": help, "choices": choices, "minimum": minimum, "above": above, "maximum": maximum}
+    if isinstance(default, list):
+        return field(default_factory=default.copy, metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass
+class FinetuneOptions:
+    """Everything that decides a fine-tuning run.
+
+    Raises:
+        OptionError: from `check`, for a value of the wrong type or out of bounds.
+    """
+
+    model: str = option("", "model: a folder, a hub id, or a GGUF file")
+    data: str = option("", "training data: .jsonl, .csv, .parquet, or a saved `datasets` folder")
+    output: str = option("qlora-out", "folder for the adapter, checkpoints and the report")
+    eval_data: str | None = option(None, "held-out data; without it, part of the training data is held out")
+    eval_fraction: float = option(
+        0.05, "part of the data held out when there is no --eval-data", minimum=0, maximum=0.5
+    )
+    eval_max_rows: int = option(256, "at most so many held-out rows", minimum=1)
+    device: str = option("auto", "auto, cpu, cuda or cuda:N")
+    dtype: str = option(
+        "auto", "compute dtype (auto: bf16 on a GPU, fp32 on a CPU)", choices=("auto", "fp32", "bf16", "fp16")
+    )
+    # adapter
+    r: int = option(16, "rank of the adapters", minimum=1)
+    alpha: float = option(16.0, "scaling numerator: the update is alpha / r * B A", above=0)
+    dropout: float = option(0.0, "dropout on the adapters' input", minimum=0, maximum=0.99)
+    rslora: bool = option(False, "scale by alpha / sqrt(r)")
+    target_modules: list[str] = option(
+        ["all-linear"], "names, suffixes or regular expressions of the layers to adapt"
+    )
+    exclude_modules: list[str] = option([], "layers not to adapt")
+    # base
+    blocksize: int = option(64, "elements that share one scale: 32 to 4096, a power of two", minimum=32, maximum=4096)
+    double_quant: bool = option(True, "quantize the scales as well")
+    # data
+    max_length: int = option(1024, "tokens a sequence is cut to", minimum=8)
+    packing: bool = option(False, "put several examples in one sequence (they do not see each other)")
+    chat: bool = option(False, "wrap prompt/completion rows in the model's chat template")
+    completion_only: bool = option(True, "prompt/completion rows: loss on the completion alone")
+    assistant_only: bool = option(False, "messages rows: loss on the assistant's turns alone")
+    # training
+    epochs: float = option(1.0, "passes over the data", above=0)
+    max_steps: int = option(0, "optimizer steps; 0: as many as the epochs need", minimum=0)
+    batch_size: int = option(8, "sequences a forward pass", minimum=1)
+    grad_accum: int = option(1, "forward passes an optimizer step", minimum=1)
+    learning_rate: float = option(2e-4, "peak learning rate", above=0)
+    lr_schedule: str = option("linear", "learning rate after the warm-up", choices=("linear", "cosine", "constant"))
+    warmup_steps: int = option(0, "steps of linear warm-up", minimum=0)
+    weight_decay: float = option(0.0, "AdamW's decoupled weight decay", minimum=0)
+    max_grad_norm: float = option(1.0, "gradients are clipped to this norm; 0: never", minimum=0)
+    optimizer: str = option("adamw_fused", "torch's AdamW", choices=("adamw_fused", "adamw_foreach"))
+    gradient_checkpointing: str = option(
+        "auto", "recompute activations (auto: on a GPU)", choices=("auto", "on", "off")
+    )
+    seed: int = option(0, "seed of the adapters, the split, the order and the dropout", minimum=0)
+    # progress
+    eval_every: int = option(0, "steps between evaluations; 0: four a run", minimum=0)
+    save_every: int = option(0, "steps between checkpoints; 0: at the end and on interruption", minimum=0)
+    keep_checkpoints: int = option(2, "checkpoints kept", minimum=1)
+    samples: int = option(4, "held-out prompts generated before and after", minimum=0)
+    sample_tokens: int = option(40, "tokens a sample at most", minimum=1)
+    resume: bool = option(False, "continue the run in --output from its last checkpoint")
+    overwrite: bool = option(False, "replace the run in --output")
+
+    def check(self) -> "FinetuneOptions":
+        """Raises OptionError if a value has the wrong type or is out of its bounds; returns self."""
+        for spec in dataclasses.fields(self):
+            setattr(self, spec.name, _checked(spec, getattr(self, spec.name)))
+        for name in ("model", "data"):
+            if not getattr(self, name):
+                raise OptionError(f"no {name} was given; pass {flag(name)} or write `{name}:` in the YAML file")
+        if self.blocksize & (self.blocksize - 1):
+            raise OptionError(f"{flag('blocksize')} is {self.blocksize}; expected a power of two from 32 to 4096")
+        if self.resume and self.overwrite:
+            raise OptionError("--resume and --overwrite contradict each other; pass one of them")
+        return self
+
+    def to_yaml(self) -> str:
+        """The options as the YAML file that `--config` reads; `resume` and `overwrite` are not part of a run."""
+        import yaml
+
+        values = dataclasses.asdict(self)
+        del values["resume"], values["overwrite"]
+        return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+
+
+def flag(name: str) -> str:
+    """The command-line flag of an option."""
+    return "--" + name.replace("_", "-")
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """Adds one flag for each option. A flag that is not given leaves nothing in the namespace."""
+    for spec in dataclasses.fields(FinetuneOptions):
+        kind, many, _ = _kind(spec)
+        shown = spec.default if spec.default is not dataclasses.MISSING else spec.default_factory()
+        shown = " ".join(shown) if many else shown
+        text = spec.metadata["help"].replace("%", "%%")
+        if shown not in (None, "", []):
+            text += f" (default: {shown})"
+        settings = {"dest": spec.name, "default": argparse.SUPPRESS, "help": text}
+        if kind is bool:
+            settings["action"] = argparse.BooleanOptionalAction
+        else:
+            settings["type"] = kind
+            settings["metavar"] = {int: "N", float: "X", str: "NAME"}[kind]
+            if many:
+                settings["nargs"] = "+"
+            if spec.metadata["choices"]:
+                settings["choices"] = spec.metadata["choices"]
+                del settings["metavar"]
+        parser.add_argument(flag(spec.name), **settings)
+
+
+def read_yaml(path: str | Path) -> dict:
+    """The options in a YAML file, by name.
+
+    Raises:
+        OptionError: the file does not exist, is not a YAML mapping, or holds an unknown key.
+    """
+    import yaml
+
+    path = Path(path)
+    if not path.is_file():
+        raise OptionError(f"the configuration file {path} does not exist")
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise OptionError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise OptionError(f"{path} holds a {type(values).__name__}; expected `name: value` lines")
+    names = [spec.name for spec in dataclasses.fields(FinetuneOptions)]
+    found = {}
+    for key, value in values.items():
+        name = str(key).replace("-", "_")
+        if name not in names:
+            near = difflib.get_close_matches(name, names, n=1)
+            advice = f"did you mean `{near[0]}`?" if near else "see `qlora finetune --help` for the names"
+            raise OptionError(f"{path} has an unknown key `{key}`; {advice}")
+        found[name] = value
+    return found
+
+
+def build_options(flags: dict, config: str | Path | None = None) -> FinetuneOptions:
+    """The options of a run: defaults, then the YAML file, then the flags.
+
+    Args:
+        flags: option name -> value, only those that were given.
+        config: YAML file, or None.
+
+    Raises:
+        OptionError: see `read_yaml` and `FinetuneOptions.check`.
+    """
+    values = read_yaml(config) if config else {}
+    values.update(flags)
+    return FinetuneOptions(**values).check()
+
+
+def _kind(spec: dataclasses.Field) -> tuple[type, bool, bool]:
+    """(type of one value, is it a list, may it be None)"""
+    annotation, optional = spec.type, False
+    if isinstance(annotation, types.UnionType):
+        annotation, optional = typing.get_args(annotation)[0], True
+    if typing.get_origin(annotation) is list:
+        return typing.get_args(annotation)[0], True, optional
+    return annotation, False, optional
+
+
+def _checked(spec: dataclasses.Field, value):
+    kind, many, optional = _kind(spec)
+    if value is None and optional:
+        return None
+    name = f"{flag(spec.name)} (`{spec.name}`)"
+    if many:
+        items = [value] if isinstance(value, str) else value
+        if not isinstance(items, list | tuple) or not all(isinstance(item, str) for item in items):
+            raise OptionError(f"{name} is {value!r}; expected a list of names")
+        return list(items)
+    value = _converted(kind, value, name)
+    bounds = spec.metadata
+    if bounds["choices"] and value not in bounds["choices"]:
+        raise OptionError(f"{name} is {value!r}; expected one of {', '.join(bounds['choices'])}")
+    for limit, bad, words in (
+        (bounds["minimum"], lambda limit: value < limit, "at least"),
+        (bounds["above"], lambda limit: value <= limit, "more than"),
+        (bounds["maximum"], lambda limit: value > limit, "at most"),
+    ):
+        if limit is not None and bad(limit):
+            raise OptionError(f"{name} is {value}; expected {words} {limit}")
+    return value
+
+
+def _converted(kind: type, value, name: str):
+    if kind is float:
+        # YAML 1.1 reads 1e-4, without a dot, as text
+        if isinstance(value, str):
+            try:
+                value = float(value)
+            except ValueError:
+                raise OptionError(f"{name} is {value!r}; expected a number") from None
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            if value != value or value in (float("inf"), float("-inf")):
+                raise OptionError(f"{name} is {value}; expected a finite number")
+            return float(value)
+    elif isinstance(value, kind) and (kind is not int or not isinstance(value, bool)):
+        return value
+    words = {float: "a number", int: "a whole number", bool: "true or false", str: "text"}
+    raise OptionError(f"{name} is {value!r}; expected {words[kind]}")

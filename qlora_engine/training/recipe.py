@@ -1,0 +1,125 @@
+"""Turns the options into a model and a trainer: the part of a run that TRL and transformers do."""
+
+import warnings
+from pathlib import Path
+
+import torch
+from transformers import AutoTokenizer, PrinterCallback, set_seed
+from trl import SFTConfig
+
+from qlora_engine.models.checkpoint import load_quantized
+from qlora_engine.models.config import QLoRAConfig
+from qlora_engine.nn import NF4Linear
+from qlora_engine.training.checkpoints import CHECKPOINTS
+from qlora_engine.training.data import Rows
+from qlora_engine.training.errors import DataError, UsageError, as_usage_error
+from qlora_engine.training.options import FinetuneOptions
+from qlora_engine.training.trainer import QLoRATrainer
+
+
+def load_model(options: FinetuneOptions, folder: Path, device: torch.device, dtype: torch.dtype):
+    """(4-bit model with fresh adapters, tokenizer).
+
+    Raises:
+        UsageError: where the model or the targets do not fit; the library's sentence is kept.
+    """
+    config = QLoRAConfig(
+        r=options.r,
+        alpha=options.alpha,
+        dropout=options.dropout,
+        rslora=options.rslora,
+        target_modules=options.target_modules,
+        exclude_modules=options.exclude_modules,
+        blocksize=options.blocksize,
+        double_quant=options.double_quant,
+    )
+    set_seed(options.seed)  # the adapters' first values
+    with as_usage_error():
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        model = load_quantized(folder, config, device=device, dtype=dtype)
+    head = model.get_output_embeddings()
+    if isinstance(head, NF4Linear):
+        raise UsageError(
+            "the output head cannot be quantized or adapted here: the loss is computed from its 16-bit weight; "
+            "take it out of --target-modules"
+        )
+    if tokenizer.pad_token is None and tokenizer.eos_token is None:
+        raise UsageError(f"the tokenizer of {options.model} has neither a padding nor an end token; set one of them")
+    return model, tokenizer
+
+
+def build_trainer(
+    options: FinetuneOptions,
+    model: torch.nn.Module,
+    tokenizer,
+    train_rows: Rows,
+    held_out: Rows | None,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> QLoRATrainer:
+    """The trainer of a run; building it tokenizes the data.
+
+    Raises:
+        UsageError: where the data do not fit the tokenizer or the length.
+    """
+    on_gpu = device.type == "cuda"
+    checkpointing = options.gradient_checkpointing == "on" or (options.gradient_checkpointing == "auto" and on_gpu)
+    settings = {
+        "output_dir": str(Path(options.output) / CHECKPOINTS),
+        "seed": options.seed,
+        "use_cpu": not on_gpu,
+        "bf16": dtype == torch.bfloat16,
+        "fp16": dtype == torch.float16,
+        "max_length": options.max_length,
+        "packing": options.packing,
+        "eval_packing": False,  # so that the held-out loss does not depend on it
+        "completion_only_loss": options.completion_only and train_rows.format == "prompt/completion",
+        "assistant_only_loss": options.assistant_only,
+        "num_train_epochs": options.epochs,
+        "max_steps": options.max_steps or -1,
+        "per_device_train_batch_size": options.batch_size,
+        "per_device_eval_batch_size": options.batch_size,
+        "gradient_accumulation_steps": options.grad_accum,
+        "learning_rate": options.learning_rate,
+        "lr_scheduler_type": options.lr_schedule if options.lr_schedule != "constant" else "constant_with_warmup",
+        "warmup_steps": options.warmup_steps,
+        "weight_decay": options.weight_decay,
+        "max_grad_norm": options.max_grad_norm,
+        "gradient_checkpointing": checkpointing,
+        "gradient_checkpointing_kwargs": {"use_reentrant": False} if checkpointing else None,
+        "eval_strategy": "steps" if held_out else "no",
+        "eval_steps": options.eval_every or 0.25,  # below one: a part of all steps
+        "prediction_loss_only": True,
+        "logging_strategy": "steps",
+        "logging_steps": 1,  # a longer mean would lose its first part when a run is interrupted
+        "save_strategy": "steps" if options.save_every else "no",
+        "save_steps": options.save_every or 500,
+        "save_total_limit": options.keep_checkpoints,
+        "dataloader_pin_memory": on_gpu,
+        "disable_tqdm": True,
+        "report_to": "none",
+    }
+    with warnings.catch_warnings():
+        # transformers 5.23 renamed gradient_checkpointing; TRL 1.16 still speaks the old name
+        warnings.simplefilter("ignore", FutureWarning)
+        arguments = SFTConfig(**settings)
+    fused = options.optimizer == "adamw_fused"
+    optimizer = {"lr": options.learning_rate, "betas": (0.9, 0.999), "eps": 1e-8}
+    optimizer |= {"fused": True} if fused else {"foreach": True}
+    with as_usage_error():
+        trainer = QLoRATrainer(
+            model=model,
+            args=arguments,
+            train_dataset=train_rows.dataset(),
+            eval_dataset=held_out.dataset() if held_out else None,
+            processing_class=tokenizer,
+            optimizer_cls_and_kwargs=(torch.optim.AdamW, optimizer),
+        )
+    trainer.remove_callback(PrinterCallback)  # ProgressBar says it better
+    for name, dataset in (("training", trainer.train_dataset), ("held-out", trainer.eval_dataset)):
+        if dataset is not None and len(dataset) == 0:
+            raise DataError(
+                f"no {name} row is left: within --max-length {options.max_length} every prompt fills the whole "
+                "sequence; raise it"
+            )
+    return trainer

@@ -1,0 +1,163 @@
+"""TRL's SFTTrainer over a model prepared by this engine: what it saves, how it is interrupted, what it reports."""
+
+import contextlib
+import json
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from tqdm.auto import tqdm
+from transformers import TrainerCallback
+from trl import SFTTrainer
+
+from qlora_engine.models.adapter import load_adapter, save_adapter
+from qlora_engine.training.memory import GIB, peak_memory
+
+
+class QLoRATrainer(SFTTrainer):
+    """SFTTrainer whose checkpoints hold the adapter, not the model.
+
+    A checkpoint folder has the adapter in PEFT's format, optimizer, scheduler, random states and the trainer's
+    state; the frozen base is read from where it came from.
+    """
+
+    def _save(self, output_dir=None, state_dict=None):
+        if self.args.should_save:
+            save_adapter(self.model, output_dir or self.args.output_dir)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        load_adapter(model or self.model, resume_from_checkpoint)
+
+    def create_model_card(self, *args, **kwargs):
+        """Nothing: the report writes the card, with what was measured."""
+
+
+class StopRequest:
+    """Whether the user asked to stop."""
+
+    def __init__(self):
+        self.asked = False
+
+
+@contextlib.contextmanager
+def stop_on_interrupt() -> Iterator[StopRequest]:
+    """Within this context the first Ctrl-C asks for a stop after the current step; the second ends at once."""
+    request = StopRequest()
+    if threading.current_thread() is not threading.main_thread():  # Python delivers signals to that one only
+        yield request
+        return
+
+    def ask(signum, frame):
+        if request.asked:
+            raise KeyboardInterrupt
+        request.asked = True
+        print(
+            "\nstopping after this step, to save a checkpoint (Ctrl-C again: stop at once)",
+            file=sys.stderr,
+            flush=True,
+        )
+
+    before = signal.signal(signal.SIGINT, ask)
+    try:
+        yield request
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+class StopCallback(TrainerCallback):
+    """Ends training with a checkpoint after the step in which a stop was asked for."""
+
+    def __init__(self, request: StopRequest):
+        self.request = request
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.request.asked and state.global_step < state.max_steps:
+            control.should_save = control.should_training_stop = True
+        return control
+
+
+class MetricsLog(TrainerCallback):
+    """Appends each step's and each evaluation's figures to metrics.jsonl, so that a crash loses none.
+
+    Attributes:
+        records: every figure of the run, those from before a resumption included.
+    """
+
+    FIGURES = ("loss", "eval_loss", "learning_rate", "grad_norm", "mean_token_accuracy", "eval_mean_token_accuracy")
+
+    def __init__(self, path: Path, resumed_at: int | None):
+        self.path = path
+        self.records: list[dict] = []
+        if resumed_at is not None and path.exists():
+            written = [json.loads(line) for line in path.read_text().splitlines() if line.strip().endswith("}")]
+            self.records = [record for record in written if record["step"] <= resumed_at]
+        path.write_text("".join(json.dumps(record) + "\n" for record in self.records))
+        last = next((record for record in reversed(self.records) if "tokens" in record), {})
+        self.tokens_before, self.seconds_before = last.get("tokens", 0), last.get("train_seconds", 0.0)
+        self.tokens, self.seconds = self.tokens_before, self.seconds_before
+        self._step_began = 0.0
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self._step_began = time.perf_counter()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.seconds += time.perf_counter() - self._step_began
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if not logs or not ({"loss", "eval_loss"} & logs.keys()):
+            return
+        record = {"step": state.global_step, "epoch": round(logs.get("epoch", 0.0), 4)}
+        record |= {key: float(logs[key]) for key in self.FIGURES if key in logs}
+        if "loss" in logs:
+            self.tokens = self.tokens_before + int(logs.get("num_tokens", 0))
+            record |= {"tokens": self.tokens, "train_seconds": round(self.seconds, 3)}
+        self.records.append(record)
+        with self.path.open("a") as file:
+            file.write(json.dumps(record) + "\n")
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Tokens a second of this session's steps, evaluations and saves left out."""
+        seconds = self.seconds - self.seconds_before
+        return (self.tokens - self.tokens_before) / seconds if seconds else 0.0
+
+
+class ProgressBar(TrainerCallback):
+    """A bar with loss, tokens a second and memory; lines of text where there is no terminal."""
+
+    LINES = 20
+
+    def __init__(self, metrics: MetricsLog, device: str, stream=None):
+        self.metrics, self.device, self.stream = metrics, device, stream or sys.stderr
+        self.bar = None
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if self.stream.isatty():
+            self.bar = tqdm(total=state.max_steps, initial=state.global_step, file=self.stream, unit="step")
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        logs = logs or {}
+        memory = max(peak_memory(self.device).items(), key=lambda item: item[0] != "cpu")[1] / GIB
+        if "eval_loss" in logs:
+            self._line(f"step {state.global_step}: held-out loss {logs['eval_loss']:.4f}")
+        elif "loss" in logs:
+            figures = f"loss {float(logs['loss']):.4f}, {self.metrics.tokens_per_second:.0f} tok/s, {memory:.2f} GiB"
+            if self.bar:
+                self.bar.update(state.global_step - self.bar.n)
+                self.bar.set_postfix_str(figures)
+            elif state.global_step % max(1, state.max_steps // self.LINES) == 0 or state.global_step == 1:
+                self._line(f"step {state.global_step}/{state.max_steps}: {figures}")
+
+    def on_train_end(self, args, state, control, **kwargs):
+        if self.bar:
+            self.bar.close()
+            self.bar = None
+
+    def _line(self, text: str) -> None:
+        if self.bar:
+            self.bar.write(text, file=self.stream)
+        else:
+            print(text, file=self.stream, flush=True)

@@ -1,0 +1,246 @@
+"""The command line as a user meets it: in a process of its own, with exit codes, messages and files."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from qlora_engine.cli.main import COMMANDS, main
+from tests.training.tiny_llm import pairs, save_model, write_jsonl
+
+ROOT = Path(__file__).resolve().parents[2]
+ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+
+
+def qlora(*arguments, cwd=None, **settings) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-m", "qlora_engine.cli.main", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        cwd=cwd,
+        env=ENVIRONMENT,
+        **settings,
+    )
+
+
+def succeeded(done: subprocess.CompletedProcess) -> str:
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with the model `tiny`, data `rows.jsonl`, and a finished run `run`."""
+    folder = tmp_path_factory.mktemp("cli")
+    save_model(folder / "tiny")
+    write_jsonl(folder / "rows.jsonl", pairs(80))
+    (folder / "options.yaml").write_text(
+        "model: tiny\ndata: rows.jsonl\noutput: run\ndevice: cpu\nr: 4\nmax_steps: 20\nbatch_size: 8\n"
+        "learning_rate: 1e-2\nsamples: 1\nsample_tokens: 4\n"
+    )
+    done = qlora("finetune", "--config", "options.yaml", "--r", 8, cwd=folder)
+    (folder / "finetune.txt").write_text(succeeded(done))
+    return folder
+
+
+def test_finetune_prints_what_it_measured(place):
+    printed = (place / "finetune.txt").read_text()
+    summary = json.loads((place / "run" / "summary.json").read_text())
+    assert summary["adapter"]["r"] == 8  # the flag, not the file
+    held = summary["eval_loss"]
+    assert held["after"] < held["before"]
+    assert f"held-out loss    {held['before']:.4f} -> {held['after']:.4f}" in printed
+    for word in ("peak memory", "model in 16 bits", "model in 4 bits", "run/adapter", "run/loss_curve.png"):
+        assert word in printed
+
+
+def test_generate_streams_the_adapted_model(place):
+    shown = qlora("generate", "--model", "tiny", "--prompt", "the tree is", "--max-new-tokens", 6, cwd=place)
+    base = succeeded(shown)
+    arguments = ["generate", "--model", "tiny", "--adapter", "run/adapter", "--max-new-tokens", 6]
+    adapted = succeeded(qlora(*arguments, "--prompt", "the tree is", cwd=place))
+    assert adapted != base
+    assert succeeded(qlora(*arguments, cwd=place, input="the tree is\n")) == adapted
+
+
+def test_quantize_then_generate_is_the_same_model(place):
+    succeeded(qlora("quantize", "--model", "tiny", "--output", "tiny-nf4", "--dtype", "fp32", cwd=place))
+    arguments = ["--prompt", "the tree is", "--max-new-tokens", 6]
+    quantized = succeeded(qlora("generate", "--model", "tiny-nf4", *arguments, cwd=place))
+    assert quantized == succeeded(qlora("generate", "--model", "tiny", *arguments, cwd=place))
+
+
+def test_merge_gives_a_model_that_transformers_loads_alone(place):
+    report = succeeded(
+        qlora(
+            "merge", "--model", "tiny", "--adapter", "run/adapter", "--output", "merged", "--into", "fp32", cwd=place
+        )
+    )
+    assert "written to merged" in report
+    script = """
+import sys
+from transformers import AutoModelForCausalLM, AutoTokenizer
+tokenizer = AutoTokenizer.from_pretrained("merged")
+model = AutoModelForCausalLM.from_pretrained("merged")
+ids = model.generate(**tokenizer("the tree is", return_tensors="pt"), max_new_tokens=6, do_sample=False)
+assert not any(name.startswith("qlora_engine") for name in sys.modules)
+print(tokenizer.decode(ids[0], skip_special_tokens=True).removeprefix("the tree is"))
+"""
+    alone = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, cwd=place, env=ENVIRONMENT, timeout=300
+    )
+    arguments = ["--adapter", "run/adapter", "--prompt", "the tree is", "--max-new-tokens", 6]
+    assert succeeded(alone) == succeeded(qlora("generate", "--model", "tiny", *arguments, cwd=place))
+
+
+def test_merge_into_nf4_reports_what_was_lost(place):
+    arguments = ["--model", "tiny", "--adapter", "run/adapter", "--output", "merged-nf4", "--into", "nf4"]
+    assert "q_proj" in succeeded(qlora("merge", *arguments, cwd=place))
+    succeeded(qlora("generate", "--model", "merged-nf4", "--prompt", "the", "--max-new-tokens", 2, cwd=place))
+
+
+def test_interrupt_saves_a_checkpoint_and_the_printed_command_continues(place):
+    arguments = ["finetune", "--config", "options.yaml", "--output", "stopped", "--max-steps", "2000"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "qlora_engine.cli.main", *arguments],
+        cwd=place,
+        env=ENVIRONMENT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    metrics = place / "stopped" / "metrics.jsonl"
+    deadline = time.monotonic() + 200
+    while not (metrics.exists() and '"step": 3,' in metrics.read_text()):
+        assert process.poll() is None, process.stderr.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    errors = process.communicate(timeout=200)[1]
+    assert process.returncode == 130, errors
+    assert "Traceback" not in errors
+    assert "continue with: qlora finetune --config stopped/options.yaml --resume" in errors
+    assert list((place / "stopped" / "checkpoints").glob("checkpoint-*/adapter_model.safetensors"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--model", "/no/such/model"], "the model path /no/such/model does not exist"),
+        (["--data", "bad.jsonl"], "bad.jsonl, line 2: not valid JSON"),
+        (["--target-modules", "q_porj"], "q_proj"),
+        (["--model", "huge"], "too little memory on cpu"),
+        (["--config", "typo.yaml"], "typo.yaml has an unknown key `batchsize`; did you mean `batch_size`?"),
+        (["--resume"], "there is no checkpoint in new"),
+        (["--output", "run"], "run already holds a run; pass --resume"),
+    ],
+    ids=["model", "data", "target", "memory", "yaml", "resume", "output"],
+)
+def test_mistakes_are_one_sentence_and_exit_code_2(place, arguments, message):
+    (place / "bad.jsonl").write_text('{"text": "a"}\n{"text": \n')
+    (place / "typo.yaml").write_text("batchsize: 3\n")
+    _promise_4_tib(place / "huge")
+    given = ["finetune", "--model", "tiny", "--data", "rows.jsonl", "--output", "new", "--device", "cpu", *arguments]
+    done = qlora(*given, cwd=place)
+    assert done.returncode == 2
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("qlora: error: ")
+    assert message in last
+    assert "Traceback" not in done.stderr
+    assert done.stdout == ""
+    assert not (place / "new").exists()
+
+
+def _promise_4_tib(folder: Path) -> None:
+    """A model whose header promises more than any machine has; only headers are read before loading."""
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text("{}")
+    tensor = {"dtype": "F16", "shape": [2**21, 2**20], "data_offsets": [0, 4 * 2**40]}
+    header = json.dumps({"model.layers.0.mlp.up_proj.weight": tensor}).encode()
+    (folder / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["generate", "--model", "no/such/model", "--prompt", "x"], "does not exist"),
+        (["generate", "--model", "tiny", "--prompt", ""], "the prompt is empty"),
+        (["generate", "--model", "tiny", "--prompt", "x", "--top-p", "2"], "--top-p is 2.0; expected more than 0"),
+        (["generate", "--model", "tiny", "--prompt", "x", "--adapter", "nowhere"], "nowhere"),
+        (["generate", "--model", "run/adapter", "--prompt", "x"], "holds an adapter, not a model"),
+        (["generate", "--model", "rows.jsonl", "--prompt", "x"], "is a file; expected a model folder"),
+        (["quantize", "--model", "empty", "--output", "q"], "is not a model folder: it has no config.json"),
+        (["quantize", "--model", "tiny", "--output", "q", "--blocksize", "48"], "blocksize is 48"),
+        (["merge", "--model", "tiny", "--adapter", "tiny", "--output", "q"], "adapter_config.json"),
+        (["convert", "empty", "q"], "there is no GGUF file at empty"),
+        (["convert", "fake.gguf", "q"], "does not begin with the letters GGUF"),
+    ],
+)
+def test_mistakes_of_the_other_commands(place, monkeypatch, capsys, arguments, message):
+    monkeypatch.chdir(place)
+    (place / "empty").mkdir(exist_ok=True)
+    (place / "fake.gguf").write_bytes(b"no")
+    assert main(arguments) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("qlora: error: ")
+    assert message in error
+    assert not (place / "q").exists()
+
+
+def test_debug_shows_the_traceback(place):
+    done = qlora("generate", "--model", "/no/such/model", "--prompt", "x", "--debug", cwd=place)
+    assert done.returncode == 1
+    assert "Traceback" in done.stderr
+    assert "ModelError" in done.stderr
+
+
+def test_env_json_says_what_serves_each_operator_and_why(monkeypatch):
+    report = json.loads(succeeded(qlora("env", "--json")))
+    assert report["operators"]["linear_nf4"]["cpu"] in ("compiled", "reference")
+    assert report["library"]["in_use"] == (report["library"]["why_not"] is None)
+    assert report["packages"]["torch"]
+    assert report["cuda"]["available"] == (report["cuda"]["why_not"] is None)
+
+
+def test_env_says_why_the_library_is_not_in_use():
+    text = subprocess.run(
+        [sys.executable, "-m", "qlora_engine.cli.main", "env"],
+        capture_output=True,
+        text=True,
+        env={**ENVIRONMENT, "QLORA_ENGINE_BACKEND": "reference"},
+    ).stdout
+    assert "not in use: QLORA_ENGINE_BACKEND=reference" in text
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_teaches_with_an_example(command, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main([command, "--help"])
+    assert stop.value.code == 0
+    shown = capsys.readouterr().out
+    assert f"example:\n  qlora {command}" in shown or f"| qlora {command}" in shown
+
+
+def test_help_is_quick():
+    """Nothing heavy is imported before it is needed."""
+    script = (
+        "import sys; from qlora_engine.cli.main import build_parser; build_parser().format_help(); "
+        "print([name for name in ('torch', 'transformers', 'trl', 'datasets') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=ENVIRONMENT)
+    assert succeeded(done).strip() == "[]"
+
+
+def test_a_closed_pipe_is_no_error(place):
+    command = f"{sys.executable} -m qlora_engine.cli.main env | head -1"
+    done = subprocess.run(
+        ["bash", "-c", f"set -o pipefail; {command}"], capture_output=True, text=True, env=ENVIRONMENT
+    )
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr

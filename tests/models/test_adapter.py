@@ -1,0 +1,227 @@
+"""Adapter files: PEFT loads ours, PEFT's load here, and what does not fit is refused whole."""
+
+import json
+import re
+import warnings
+
+import pytest
+import torch
+from torch import nn
+
+import qlora_engine as qe
+from qlora_engine.models.adapter import load_adapter, save_adapter
+from qlora_engine.models.adapters import adapter_layers
+from tests.models.tiny import bert, gpt2, llama, token_ids
+
+MAKERS = {"llama": llama, "gpt2": gpt2, "bert": bert}
+
+
+def prepared(make, **config):
+    """A prepared model whose adapters do something."""
+    model = qe.prepare(make(), qe.QLoRAConfig(**{"r": 4, "alpha": 6, **config})).eval()
+    randomize(model)
+    return model
+
+
+def randomize(model):
+    for layer in adapter_layers(model).values():
+        for name in layer.adapters:
+            nn.init.normal_(layer.lora_B[name], std=0.3)
+
+
+def decoded_twin(make, model):
+    """The same model in full precision with the decoded weights: what PEFT wraps."""
+    plain = make().eval()
+    for path, layer in model.named_modules():
+        if isinstance(layer, qe.NF4Linear):
+            weight = layer.dequantize(torch.float32)
+            plain.get_submodule(path).weight.data.copy_(weight.T if layer.fan_in_fan_out else weight)
+    return plain
+
+
+CASES = [
+    ("llama", {}),
+    ("llama", {"target_modules": ["q_proj", "v_proj"]}),
+    ("llama", {"target_modules": "model.layers.1.mlp.up_proj"}),
+    ("llama", {"rslora": True}),
+    ("llama", {"rank_pattern": {"q_proj": 2, "re:.*mlp.*": 7}, "alpha_pattern": {"o_proj": 1}}),
+    ("gpt2", {}),
+    ("bert", {"target_modules": ["query", "value"], "modules_to_save": ["classifier"]}),
+]
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(("kind", "config"), CASES)
+def test_peft_loads_ours(kind, config, tmp_path):
+    peft = pytest.importorskip("peft")
+    model = prepared(MAKERS[kind], **config)
+    if "modules_to_save" in config:
+        nn.init.normal_(model.classifier.weight)
+    save_adapter(model, tmp_path)
+    theirs = peft.PeftModel.from_pretrained(decoded_twin(MAKERS[kind], model), tmp_path).eval()
+    ids = token_ids()
+    torch.testing.assert_close(theirs(ids).logits, model(ids).logits, rtol=1e-4, atol=1e-4)
+    count = sum(bool(layer.adapters) for layer in adapter_layers(model).values())
+    assert sum(isinstance(m, peft.tuners.lora.LoraLayer) for m in theirs.modules()) == count
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("kind", "config"),
+    [
+        ("llama", {"target_modules": "all-linear"}),
+        ("llama", {"target_modules": ["q_proj", "down_proj"], "rank_pattern": {"q_proj": 2}, "use_rslora": True}),
+        ("gpt2", {"target_modules": ["c_attn", "c_fc"], "fan_in_fan_out": True}),
+        ("bert", {"target_modules": ["query"], "modules_to_save": ["classifier"]}),
+    ],
+)
+def test_ours_loads_pefts(kind, config, tmp_path):
+    peft = pytest.importorskip("peft")
+    model = qe.quantize_model(MAKERS[kind]()).eval()
+    base = decoded_twin(MAKERS[kind], model)
+    lora = peft.LoraConfig(r=4, lora_alpha=12, init_lora_weights=False, **config)
+    theirs = peft.get_peft_model(base, lora).eval()
+    if kind == "bert":
+        nn.init.normal_(theirs.base_model.model.classifier.modules_to_save["default"].weight)
+    theirs.save_pretrained(tmp_path)
+    load_adapter(model, tmp_path)
+    ids = token_ids()
+    torch.testing.assert_close(model.eval()(ids).logits, theirs(ids).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_round_trip_is_exact_and_trainable(tmp_path):
+    model = prepared(llama)
+    save_adapter(model, tmp_path)
+    other = load_adapter(qe.quantize_model(llama()), tmp_path, adapter_name="again").eval()
+    ids = token_ids()
+    assert torch.equal(other(ids).logits, model(ids).logits)
+    trainable = [n for n, p in other.named_parameters() if p.requires_grad]
+    assert len(trainable) == 28
+    assert all(".again" in n for n in trainable)
+    frozen = load_adapter(qe.quantize_model(llama()), tmp_path, trainable=False)
+    assert not any(p.requires_grad for p in frozen.parameters())
+
+
+def test_loads_into_an_adapter_that_is_there(tmp_path):
+    model = prepared(llama)
+    save_adapter(model, tmp_path)
+    expected = model(token_ids()).logits.detach()
+    randomize(model)
+    load_adapter(model, tmp_path)
+    assert torch.equal(model(token_ids()).logits, expected)
+
+
+def test_config_has_what_servers_read(tmp_path):
+    save_adapter(prepared(llama), tmp_path, base_model="some/model")
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert list(config) == sorted(config)
+    assert config["target_modules"] == sorted(
+        ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    )
+    assert (config["r"], config["lora_alpha"], config["task_type"]) == (4, 6, "CAUSAL_LM")
+    assert config["base_model_name_or_path"] == "some/model"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
+
+
+@pytest.fixture
+def saved(tmp_path):
+    model = prepared(llama)
+    save_adapter(model, tmp_path)
+    return tmp_path
+
+
+def edit_config(folder, **changes):
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def edit_tensors(folder, change):
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(folder / "adapter_model.safetensors")
+    change(tensors)
+    save_file({name: t.clone() for name, t in tensors.items()}, folder / "adapter_model.safetensors")
+
+
+KEY = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
+BREAK = {
+    "no config": (lambda f: (f / "adapter_config.json").unlink(), "there is no adapter_config.json"),
+    "not json": (lambda f: (f / "adapter_config.json").write_text("{"), "is not readable JSON"),
+    "a list": (lambda f: (f / "adapter_config.json").write_text("[]"), "holds a list"),
+    "another method": (lambda f: edit_config(f, peft_type="IA3"), "peft_type is 'IA3'; only LORA"),
+    "dora": (lambda f: edit_config(f, use_dora=True, bias="all"), "asks for use_dora, bias, which is not supported"),
+    "rank": (lambda f: edit_config(f, r=8), "the configuration says rank 8 for"),
+    "dropout": (lambda f: edit_config(f, lora_dropout=2.0), "dropout is 2.0"),
+    "no weights": (lambda f: (f / "adapter_model.safetensors").unlink(), "there is no adapter_model.safetensors"),
+    "pickle": (
+        lambda f: (f / "adapter_model.safetensors").rename(f / "adapter_model.bin"),
+        "is a pickle, which can run code",
+    ),
+    "cut short": (
+        lambda f: (f / "adapter_model.safetensors").write_bytes((f / "adapter_model.safetensors").read_bytes()[:900]),
+        "cannot be read (damaged or cut short)",
+    ),
+    "half a pair": (lambda f: edit_tensors(f, lambda t: t.pop(KEY)), "only one of lora_A and lora_B"),
+    "unknown tensor": (
+        lambda f: edit_tensors(f, lambda t: t.update(x=torch.ones(1))),
+        "belong nowhere in the model: x",
+    ),
+    "unknown layer": (
+        lambda f: edit_tensors(
+            f, lambda t: t.update({k.replace("layers.0", "layers.9"): v for k, v in list(t.items())})
+        ),
+        "the model has no layers model.layers.9",
+    ),
+    "shape": (
+        lambda f: edit_tensors(f, lambda t: t.update({KEY: torch.ones(4, 63)})),
+        "q_proj: lora_A [4, 63], lora_B [64, 4]; expected ((4, 64), (64, 4))",
+    ),
+    "no pairs": (lambda f: edit_tensors(f, lambda t: t.clear()), "there is no lora_A or lora_B"),
+}
+
+
+@pytest.mark.parametrize("case", BREAK)
+def test_a_bad_file_changes_nothing(saved, case):
+    damage, words = BREAK[case]
+    damage(saved)
+    model = qe.quantize_model(llama()).eval()
+    before = {n: t.clone() for n, t in model.state_dict().items()}
+    with pytest.raises((ValueError, FileNotFoundError), match=re.escape(words)):
+        load_adapter(model, saved)
+    after = model.state_dict()
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[n], before[n]) for n in before)
+    assert not any(isinstance(m, qe.QLoRALinear) for m in model.modules())
+
+
+def test_a_model_that_is_not_quantized_is_told_what_to_do(saved):
+    with pytest.raises(ValueError, match=r"are not 4-bit layers; call qlora_engine\.prepare"):
+        load_adapter(llama(), saved)
+
+
+def test_an_adapter_of_other_layers_is_refused(saved):
+    model = prepared(llama, r=2, alpha=2)
+    with pytest.raises(ValueError, match="the model's adapter 'default' has LoRASettings"):
+        load_adapter(model, saved)
+
+
+def test_saving_what_is_not_there(tmp_path):
+    with pytest.raises(KeyError, match="there is no adapter 'nope'"):
+        save_adapter(prepared(llama), tmp_path / "a", adapter_name="nope")
+    with pytest.raises(ValueError, match="has no adapters"):
+        save_adapter(llama(), tmp_path / "a")
+    assert not (tmp_path / "a").exists()
+
+
+def test_works_on_a_plain_module(tmp_path):
+    model = qe.prepare(nn.Sequential(nn.Linear(64, 32), nn.Linear(32, 8)), qe.QLoRAConfig(r=2))
+    randomize(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        save_adapter(model, tmp_path)
+    torch.manual_seed(0)
+    other = qe.quantize_model(nn.Sequential(nn.Linear(64, 32), nn.Linear(32, 8)))
+    other.load_state_dict({n: t for n, t in model.state_dict().items() if "lora" not in n})
+    load_adapter(other, tmp_path)
+    x = torch.randn(3, 64)
+    assert torch.equal(other(x), model(x))
