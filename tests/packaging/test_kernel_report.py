@@ -33,13 +33,13 @@ def report():
 @pytest.mark.parametrize(
     ("symbol", "name"),
     [
-        (f"{PREFIX}19quantize_nf4_kernelI13__nv_bfloat16Li4096EEEvPKT_llbPhPf", "quantize_nf4_kernel<__nv_bfloat16, 4096>"),
-        (f"{PREFIX}21dequantize_nf4_kernelIfLb1ELi2ELi512ELi3EEEvNS0_9Nf4WeightEPT_lb", "dequantize_nf4_kernel<float, 1, 2, 512, 3>"),
-        (f"{PREFIX}22quantize_absmax_kernelEPKfS2_lilPhPf", "quantize_absmax_kernel"),
+        ("19quantize_nf4_kernelI13__nv_bfloat16Li4096EEEvPKT_llbPhPf", "quantize_nf4_kernel<__nv_bfloat16, 4096>"),
+        ("21dequantize_nf4_kernelIfLb1ELi2ELi512ELi3EEEvPT_lb", "dequantize_nf4_kernel<float, 1, 2, 512, 3>"),
+        ("22quantize_absmax_kernelEPKfS2_lilPhPf", "quantize_absmax_kernel"),
     ],
-)  # fmt: skip
+)
 def test_names(report, symbol, name):
-    (usage,) = report.parse(TEXT.format(symbol, LINE.format(40, 0, 1024, 0)))
+    (usage,) = report.parse(TEXT.format(PREFIX + symbol, LINE.format(40, 0, 1024, 0)))
     assert (usage.kernel, usage.architecture, usage.registers, usage.shared) == (name, "sm_80", 40, 1024)
     assert report.complaints(usage) == []
 
