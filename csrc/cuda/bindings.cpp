@@ -1,0 +1,170 @@
+// The CUDA operators as torch sees them: argument checks, allocation, dispatch. Compiled by g++; the kernels are in
+// the .cu files behind kernels.h. Everything is enqueued on torch's current stream, nothing synchronises, and memory
+// comes from torch's allocator alone, so that every operator can be captured in a CUDA graph.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <tuple>
+#include <utility>
+
+#include "checks.h"
+#include "kernels.h"
+#include "libtorch_cuda.h"
+
+namespace qlora_engine::cuda {
+namespace {
+
+using torch::stable::accelerator::DeviceGuard;
+
+Dtype to_dtype(ScalarType t) {
+  return t == ScalarType::Float ? Dtype::kFloat32 : t == ScalarType::Half ? Dtype::kFloat16 : Dtype::kBFloat16;
+}
+
+Nf4Weight to_weight(const Nf4Pointers& w) {
+  return {w.packed, w.absmax, w.absmax_codes, w.nested_absmax, w.nested_offset, w.numel, w.blocks,
+          __builtin_ctzll(uint64_t(w.blocksize))};
+}
+
+Tensor empty(const Tensor& like, const std::vector<int64_t>& shape, ScalarType dtype) {
+  return torch::stable::new_empty(like, shape, dtype);
+}
+
+std::tuple<Tensor, Tensor> quantize_nf4_cuda(const Tensor& weight, int64_t blocksize) {
+  const char* op = "quantize_nf4";
+  check_compute_dtype(op, "weight", weight.scalar_type());
+  check_blocksize(op, blocksize);
+  check_tensor(op, "weight", weight, weight.scalar_type(), weight.numel(), weight);
+  const DeviceGuard guard(weight.get_device_index());
+  const int64_t n = weight.numel();
+  Tensor packed = empty(weight, {ceil_div(n, 2)}, ScalarType::Byte);
+  Tensor absmax = empty(weight, {ceil_div(n, blocksize)}, ScalarType::Float);
+  check_launch(op, quantize_nf4(weight.const_data_ptr(), to_dtype(weight.scalar_type()), n, blocksize,
+                                static_cast<uint8_t*>(packed.mutable_data_ptr()),
+                                static_cast<float*>(absmax.mutable_data_ptr()),
+                                current_stream(weight.get_device_index())));
+  return {packed, absmax};
+}
+
+std::tuple<Tensor, Tensor> quantize_absmax_cuda(const Tensor& absmax, const Tensor& offset, int64_t blocksize) {
+  const char* op = "quantize_absmax";
+  check_blocksize(op, blocksize);
+  check_tensor(op, "absmax", absmax, ScalarType::Float, absmax.numel(), absmax);
+  check_tensor(op, "offset", offset, ScalarType::Float, 1, absmax);
+  const DeviceGuard guard(absmax.get_device_index());
+  const int64_t n = absmax.numel();
+  Tensor codes = empty(absmax, {n}, ScalarType::Byte);
+  Tensor nested = empty(absmax, {ceil_div(n, blocksize)}, ScalarType::Float);
+  check_launch(op, quantize_absmax(static_cast<const float*>(absmax.const_data_ptr()),
+                                   static_cast<const float*>(offset.const_data_ptr()), n, blocksize,
+                                   static_cast<uint8_t*>(codes.mutable_data_ptr()),
+                                   static_cast<float*>(nested.mutable_data_ptr()),
+                                   current_stream(absmax.get_device_index())));
+  return {codes, nested};
+}
+
+Tensor dequantize_absmax_cuda(const Tensor& codes, const Tensor& nested_absmax, const Tensor& nested_offset,
+                              int64_t blocksize) {
+  const char* op = "dequantize_absmax";
+  const int64_t n = codes.numel();
+  check_blocksize(op, blocksize);
+  check_tensor(op, "quantized", codes, ScalarType::Byte, n, codes);
+  check_tensor(op, "nested_absmax", nested_absmax, ScalarType::Float, ceil_div(n, blocksize), codes);
+  check_tensor(op, "nested_offset", nested_offset, ScalarType::Float, 1, codes);
+  const DeviceGuard guard(codes.get_device_index());
+  Tensor out = empty(codes, {n}, ScalarType::Float);
+  check_launch(op, dequantize_absmax(static_cast<const uint8_t*>(codes.const_data_ptr()),
+                                     static_cast<const float*>(nested_absmax.const_data_ptr()),
+                                     static_cast<const float*>(nested_offset.const_data_ptr()), n, blocksize,
+                                     static_cast<float*>(out.mutable_data_ptr()),
+                                     current_stream(codes.get_device_index())));
+  return out;
+}
+
+// The whole weight in one 16- or 32-bit tensor. The caller has checked it and set the device.
+Tensor decoded(const char* op, const Nf4Pointers& weight, const Tensor& like, const std::vector<int64_t>& shape,
+               ScalarType dtype) {
+  Tensor out = empty(like, shape, dtype);
+  check_launch(op, dequantize_nf4(to_weight(weight), to_dtype(dtype), out.mutable_data_ptr(),
+                                  current_stream(like.get_device_index())));
+  return out;
+}
+
+Tensor dequantize_nf4_cuda(const Tensor& packed, const Tensor& absmax, const OptionalTensor& nested_absmax,
+                           const OptionalTensor& nested_offset, int64_t blocksize, std::vector<int64_t> shape,
+                           ScalarType dtype) {
+  const char* op = "dequantize_nf4";
+  check_compute_dtype(op, "dtype", dtype);
+  const Nf4Pointers weight =
+      check_nf4(op, packed, absmax, nested_absmax, nested_offset, blocksize, product(shape), packed);
+  const DeviceGuard guard(packed.get_device_index());
+  return decoded(op, weight, packed, shape, dtype);
+}
+
+// The shape of x with another last dimension, and the product of all but the last.
+std::pair<std::vector<int64_t>, int64_t> replace_last(const Tensor& x, int64_t last) {
+  std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end());
+  shape.back() = last;
+  int64_t rows = 1;
+  for (size_t i = 0; i + 1 < shape.size(); ++i) rows *= shape[i];
+  return {shape, rows};
+}
+
+Tensor linear_nf4_cuda(const Tensor& x, const Tensor& packed, const Tensor& absmax,
+                       const OptionalTensor& nested_absmax, const OptionalTensor& nested_offset, int64_t blocksize,
+                       int64_t out_features, const OptionalTensor& bias) {
+  const char* op = "linear_nf4";
+  check_compute_dtype(op, "x", x.scalar_type());
+  STD_TORCH_CHECK(x.dim() > 0, op, ": x has no dimensions; expected [..., in_features]");
+  const int64_t K = x.size(x.dim() - 1), N = out_features;
+  const Nf4Pointers weight = check_nf4(op, packed, absmax, nested_absmax, nested_offset, blocksize, N * K, x);
+  if (bias.has_value()) check_tensor(op, "bias", *bias, x.scalar_type(), N, x);
+  const DeviceGuard guard(x.get_device_index());
+  const auto [shape, M] = replace_last(x, N);
+  Tensor y = empty(x, shape, x.scalar_type());
+  if (y.numel() == 0) return y;
+  if (M <= kFewRows && x.scalar_type() != ScalarType::Float) {
+    const Tensor rows = torch::stable::contiguous(x);
+    const Nf4Weight w = to_weight(weight);
+    const Dtype dtype = to_dtype(x.scalar_type());
+    if (few_rows_fit(w, dtype, rows.const_data_ptr(), M, N, K)) {
+      check_launch(op, linear_nf4_few_rows(rows.const_data_ptr(), w, bias ? bias->const_data_ptr() : nullptr, dtype,
+                                           y.mutable_data_ptr(), M, N, K, current_stream(x.get_device_index())));
+      return y;
+    }
+  }
+  const Tensor w = decoded(op, weight, x, {N, K}, x.scalar_type());
+  matrix_product(torch::stable::view(y, {M, N}), torch::stable::reshape(x, {M, K}), torch::stable::transpose(w, 0, 1),
+                 bias);
+  return y;
+}
+
+Tensor linear_nf4_backward_cuda(const Tensor& grad, const Tensor& packed, const Tensor& absmax,
+                                const OptionalTensor& nested_absmax, const OptionalTensor& nested_offset,
+                                int64_t blocksize, int64_t in_features) {
+  const char* op = "linear_nf4_backward";
+  check_compute_dtype(op, "grad", grad.scalar_type());
+  STD_TORCH_CHECK(grad.dim() > 0, op, ": grad has no dimensions; expected [..., out_features]");
+  const int64_t N = grad.size(grad.dim() - 1), K = in_features;
+  const Nf4Pointers weight = check_nf4(op, packed, absmax, nested_absmax, nested_offset, blocksize, N * K, grad);
+  const DeviceGuard guard(grad.get_device_index());
+  const auto [shape, M] = replace_last(grad, K);
+  Tensor dx = empty(grad, shape, grad.scalar_type());
+  if (dx.numel() == 0) return dx;
+  const Tensor w = decoded(op, weight, grad, {N, K}, grad.scalar_type());
+  matrix_product(torch::stable::view(dx, {M, K}), torch::stable::reshape(grad, {M, N}), w, std::nullopt);
+  return dx;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(qlora_engine, CUDA, m) {
+  m.impl("quantize_nf4", TORCH_BOX(&quantize_nf4_cuda));
+  m.impl("quantize_absmax", TORCH_BOX(&quantize_absmax_cuda));
+  m.impl("dequantize_nf4", TORCH_BOX(&dequantize_nf4_cuda));
+  m.impl("dequantize_absmax", TORCH_BOX(&dequantize_absmax_cuda));
+  m.impl("linear_nf4", TORCH_BOX(&linear_nf4_cuda));
+  m.impl("linear_nf4_backward", TORCH_BOX(&linear_nf4_backward_cuda));
+}
+
+}  // namespace qlora_engine::cuda
