@@ -49,6 +49,7 @@ Tensor dequantize_nf4(const Tensor& packed, const Tensor& absmax, const Optional
   const Element element = element_of(dtype);
   const int64_t size = kElementBytes[int(element)], tiles = ceil_div(weight.numel, kGrain);
   auto* bytes = static_cast<char*>(out.mutable_data_ptr());
+  advise_huge_pages(bytes, weight.numel * size);
   const bool stream = weight.numel * size >= kStreamedBytes && reinterpret_cast<uintptr_t>(bytes) % 64 == 0;
   const auto run = kernels().dequantize;
   torch::stable::parallel_for(0, tiles, 1, [&](int64_t first, int64_t last) {

@@ -85,7 +85,7 @@ inline __attribute__((always_inline)) void store_codes(uint8_t* p, I codes) {
   _mm_storel_epi64((__m128i*)p, _mm512_cvtepi64_epi8(bytes));
 }
 
-#ifdef __AVX512BF16__
+#ifdef QLORA_AVX512_BF16
 #define QLORA_BF16_DOT
 // c + a[0] b[0] + a[1] b[1] on pairs of bfloat16, in float32.
 inline __attribute__((always_inline)) F dot_bf16(F c, F a, F b) {
