@@ -92,7 +92,9 @@ class LaneLevels {
   static constexpr int kStorageBytes = 4096;
 
   __device__ __forceinline__ LaneLevels(char* storage)
-      : storage_(storage), base_((shared_address(storage) + 2047u) & ~2047u), lane_base_(base_ + threadIdx.x % 32 * 4) {}
+      : storage_(storage),
+        base_((shared_address(storage) + 2047u) & ~2047u),
+        lane_base_(base_ + threadIdx.x % 32 * 4) {}
 
   __device__ __forceinline__ void fill() const {
     float* table = reinterpret_cast<float*>(storage_ + (base_ - shared_address(storage_)));
