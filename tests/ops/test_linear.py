@@ -105,6 +105,15 @@ def test_empty_batch(device, shape):
     assert x.grad.shape == shape
 
 
+@pytest.mark.parametrize(("M", "N", "K"), [(3, 0, 64), (3, 32, 0), (40, 32, 0), (40, 0, 64)])
+def test_empty_weight(device, M, N, K):
+    """No outputs, or sums of nothing."""
+    w4 = quantize(torch.empty(N, K)).to(device)
+    x, grad, bias = (torch.randn(shape, device=device) for shape in ((M, K), (M, N), (N,)))
+    assert torch.equal(ops.linear_nf4(x, *w4.arguments, N, bias), bias.expand(M, N))
+    assert torch.equal(ops.linear_nf4_backward(grad, *w4.arguments, K), torch.zeros(M, K, device=device))
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_repeatable(device, dtype):
     w4, x, bias, grad = problem(130, 96, 512, dtype, device)
