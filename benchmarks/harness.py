@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import platform
 import subprocess
 import time
@@ -123,8 +124,7 @@ def environment(device: str) -> dict:
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "bitsandbytes": version_of("bitsandbytes"),
-        "commit": _git("rev-parse", "--short", "HEAD") or "unknown",
-        "uncommitted_changes": bool(_git("status", "--porcelain", "--untracked-files=no")),
+        "commit": _commit(),
     }
     if device == "cuda":
         properties = torch.cuda.get_device_properties(0)
@@ -151,8 +151,11 @@ def _run(*command: str) -> str:
         return ""
 
 
-def _git(*arguments: str) -> str:
-    return _run("git", *arguments)
+def _commit() -> str:
+    """The tree's commit, "+" behind it where files differ; BENCH_COMMIT names that of a copy without its history."""
+    commit = _run("git", "rev-parse", "--short", "HEAD")
+    changed = _run("git", "status", "--porcelain", "--untracked-files=no")
+    return commit + ("+" if changed else "") if commit else os.environ.get("BENCH_COMMIT", "unknown")
 
 
 def table(rows: list[dict], columns: dict[str, str]) -> str:
