@@ -44,7 +44,7 @@ void multiply_rows(const Product& p, int64_t row, int64_t rows) {
   const int steps = paired ? 2 : 1;
   const int64_t lanes = ceil_div(p.R, steps), chunks = ceil_div(lanes, kChunk), panels = ceil_div(p.P, p.k.panel);
   const Scratch packed = scratch(chunks * rows * kChunk);
-  torch::stable::parallel_for(0, rows, std::max<int64_t>(1, (1 << 14) / p.R), [&](int64_t first, int64_t last) {
+  torch::stable::parallel_for(0, rows, std::max<int64_t>(1, (1 << 14) / std::max<int64_t>(1, p.R)), [&](int64_t first, int64_t last) {
     for (int64_t m = first; m < last; ++m) {
       const char* from = p.a + (row + m) * p.R * p.size();
       for (int64_t chunk = 0; chunk < chunks; ++chunk) {
@@ -66,6 +66,7 @@ void multiply_rows(const Product& p, int64_t row, int64_t rows) {
       const int64_t p0 = task % panels * p.k.panel, begin = task / panels * share_rows;
       const int64_t end = std::min(begin + share_rows, rows);
       if (begin >= end) continue;
+      if (chunks == 0) std::fill_n(c.get(), (end - begin) * p.k.panel, 0.0f);  // a sum of nothing
       for (int64_t chunk = 0; chunk < chunks; ++chunk) {
         const int64_t lane0 = chunk * kChunk;
         const int count = int(std::min<int64_t>(kChunk, lanes - lane0));

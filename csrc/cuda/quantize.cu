@@ -23,8 +23,8 @@ namespace qlora_engine::cuda {
 namespace {
 
 struct Bucket {
-  float threshold;     // the one inside the bucket, or infinity
-  uint32_t below;      // thresholds below the bucket
+  float threshold;  // the one inside the bucket, or infinity
+  uint32_t below;   // thresholds below the bucket
 };
 
 struct Buckets {
@@ -179,7 +179,7 @@ __device__ __forceinline__ void store_word(uint8_t* packed, int64_t word, uint32
 
 template <typename T, int kBlocksize>
 struct Tile {
-  static constexpr int kVector = 32 * Elements<T>::kCount;                               // elements a warp reads at once
+  static constexpr int kVector = 32 * Elements<T>::kCount;                               // elements of a warp's vector
   static constexpr int kBlockVectors = kBlocksize > kVector ? kBlocksize / kVector : 1;  // vectors that share a scale
   static constexpr int kBlockLanes = kBlocksize > kVector ? 32 : kBlocksize / Elements<T>::kCount;
   static constexpr int kVectors = kBlockVectors > 1024 / kVector ? kBlockVectors : 1024 / kVector;
@@ -215,7 +215,7 @@ __global__ void __launch_bounds__(Tile<T, kBlocksize>::kThreads, Tile<T, kBlocks
 
   int64_t tile = int64_t(blockIdx.x) * (S::kThreads / 32) + threadIdx.x / 32;
   if (tile < tiles) load(tile);  // the first loads are under way while the table is filled
-  for (int i = threadIdx.x; i < 64 * kCopies; i += S::kThreads) buckets[i] = kBuckets.bucket[i / kCopies];
+  fill_by_block<64 * kCopies, S::kThreads>([&](int i) { buckets[i] = kBuckets.bucket[i / kCopies]; });
   __syncthreads();
   const uint32_t table = shared_address(buckets) + lane % kCopies * sizeof(Bucket);
 
@@ -233,7 +233,9 @@ __global__ void __launch_bounds__(Tile<T, kBlocksize>::kThreads, Tile<T, kBlocks
       if (lane % S::kBlockLanes == b) kept = scale;
       const float reciprocal = reciprocal_ftz(scale);
 #pragma unroll
-      for (int u = b * S::kBlockVectors; u < (b + 1) * S::kBlockVectors; ++u) codes[u] = encode<T>(v[u], reciprocal, table);
+      for (int u = b * S::kBlockVectors; u < (b + 1) * S::kBlockVectors; ++u) {
+        codes[u] = encode<T>(v[u], reciprocal, table);
+      }
     }
 
     const int64_t word = tile * (S::kElements / 8) + lane;

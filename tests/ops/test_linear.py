@@ -6,7 +6,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from qlora_engine import ops, quantize
-from tests.numerics import RELATIVE_RMS, assert_close
+from tests.numerics import RELATIVE_RMS, assert_close, size_of_sums
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -26,10 +26,11 @@ def check(w4, x, bias, grad):
     y = ops.linear_nf4(x, *w4.arguments, N, bias)
     expected = x.double() @ weight.T + (0 if bias is None else bias.double())
     assert y.dtype == dtype
-    assert_close("y", y, expected, RELATIVE_RMS[dtype])
+    bias_size = 0 if bias is None else bias.double().abs()
+    assert_close("y", y, expected, RELATIVE_RMS[dtype], size_of_sums(x, weight.T) + bias_size)
     dx = ops.linear_nf4_backward(grad, *w4.arguments, K)
     assert dx.dtype == dtype
-    assert_close("dx", dx, grad.double() @ weight, RELATIVE_RMS[dtype])
+    assert_close("dx", dx, grad.double() @ weight, RELATIVE_RMS[dtype], size_of_sums(grad, weight))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -102,6 +103,15 @@ def test_empty_batch(device, shape):
     assert y.shape == (*shape[:-1], 32)
     y.sum().backward()
     assert x.grad.shape == shape
+
+
+@pytest.mark.parametrize(("M", "N", "K"), [(3, 0, 64), (3, 32, 0), (40, 32, 0), (40, 0, 64)])
+def test_empty_weight(device, M, N, K):
+    """No outputs, or sums of nothing."""
+    w4 = quantize(torch.empty(N, K)).to(device)
+    x, grad, bias = (torch.randn(shape, device=device) for shape in ((M, K), (M, N), (N,)))
+    assert torch.equal(ops.linear_nf4(x, *w4.arguments, N, bias), bias.expand(M, N))
+    assert torch.equal(ops.linear_nf4_backward(grad, *w4.arguments, K), torch.zeros(M, K, device=device))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
