@@ -1,6 +1,7 @@
 """`prepare`: a model becomes a 4-bit model with trainable adapters, in place."""
 
 import dataclasses
+from collections.abc import Iterable
 
 import torch
 from torch import nn
@@ -57,6 +58,7 @@ def prepare(
                 rslora=config.rslora,
                 dtype=config.adapter_dtype,
             )
+    own_parameters(model, saved)
     for path in saved:
         model.get_submodule(path).requires_grad_(True)
     model.qlora_config = config
@@ -83,6 +85,34 @@ def untie(model: nn.Module, path: str) -> str | None:
     if source is not None and not tied:
         model.config.tie_word_embeddings = False
     return source
+
+
+def own_parameters(model: nn.Module, paths: Iterable[str]) -> None:
+    """Modules that are trained whole stop sharing parameters with modules that are not.
+
+    Else training a head would change the embeddings that it is tied to, and the file of an adapter, which has the
+    head alone, would not be what was trained. Modules among `paths` go on sharing between themselves. In place.
+    """
+    inside = tuple(f"{path}." for path in paths)
+    holders: dict[int, list[tuple[nn.Module, str, bool]]] = {}
+    for path, module in model.named_modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                holders.setdefault(id(parameter), []).append((module, name, f"{path}.{name}".startswith(inside)))
+    for shared in holders.values():
+        chosen = [(module, name) for module, name, is_inside in shared if is_inside]
+        if chosen and len(chosen) < len(shared):
+            module, name = chosen[0]
+            parameter = module._parameters[name]
+            own = nn.Parameter(parameter.detach().clone(), requires_grad=parameter.requires_grad)
+            for module, name in chosen:
+                module._parameters[name] = own
+    tied = getattr(model, "all_tied_weights_keys", None) or {}
+    apart = [name for name, source in tied.items() if name.startswith(inside) != source.startswith(inside)]
+    for name in apart:
+        del tied[name]
+    if apart and not tied:
+        model.config.tie_word_embeddings = False
 
 
 def replace_module(model: nn.Module, path: str, new: nn.Module) -> None:
