@@ -15,7 +15,7 @@ def add_parser(commands):
     add_model_flags(parser, adapter=False)
     parser.add_argument("--adapter", required=True, help="folder with an adapter in PEFT's format")
     add_quantization_flags(parser)
-    parser.add_argument("--output", required=True, help="folder to write; replaced if it exists")
+    parser.add_argument("--output", required=True, help="folder to write; older weights in it are replaced")
     parser.add_argument(
         "--into", default="bf16", choices=("bf16", "fp16", "fp32", "nf4"), help="format of the result"
     )

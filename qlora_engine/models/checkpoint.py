@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from qlora_engine.models.adapter import load_adapter
+from qlora_engine.models.adapter import CONFIG_FILE, load_adapter
 from qlora_engine.models.config import QLoRAConfig
 from qlora_engine.models.files import atomic_directory
 from qlora_engine.models.prepare import prepare, quantize_model, replace_module, untie
@@ -38,6 +38,7 @@ def save_quantized(model: nn.Module, directory: str | os.PathLike, tokenizer=Non
     Raises:
         ValueError: where the model has no 4-bit layers.
         TypeError: where it has no transformers configuration.
+        FileExistsError: where the folder holds an adapter.
     """
     from huggingface_hub import split_torch_state_dict_into_shards
     from safetensors.torch import save_file
@@ -48,6 +49,7 @@ def save_quantized(model: nn.Module, directory: str | os.PathLike, tokenizer=Non
         raise ValueError("the model has no 4-bit layers; call qlora_engine.quantize_model on it first")
     if not hasattr(model, "config") or not hasattr(model.config, "save_pretrained"):
         raise TypeError(f"{type(model).__name__} has no transformers configuration; save its state_dict instead")
+    check_no_adapter(directory)
     tensors = _base_tensors(model)
     plan = split_torch_state_dict_into_shards(
         tensors, filename_pattern="model{suffix}.safetensors", max_shard_size=MAX_SHARD_SIZE
@@ -76,6 +78,16 @@ def save_quantized(model: nn.Module, directory: str | os.PathLike, tokenizer=Non
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
     return Path(directory)
+
+
+def check_no_adapter(directory: str | os.PathLike) -> None:
+    """A model's weights would replace an adapter's; and transformers adds an adapter beside a model to it again.
+
+    Raises:
+        FileExistsError: where the folder holds an adapter.
+    """
+    if (Path(directory) / CONFIG_FILE).exists():
+        raise FileExistsError(f"{directory} holds an adapter ({CONFIG_FILE}); save the model to another folder")
 
 
 def _base_tensors(model: nn.Module) -> dict[str, torch.Tensor]:

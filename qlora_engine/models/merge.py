@@ -120,8 +120,8 @@ def merge(
         model: a model with 4-bit layers.
         into: "bf16", "fp16", "fp32" or "nf4".
         adapter_names: which adapters; default: the active ones of each layer. The others are dropped.
-        safe: refuse before anything is changed where a merged weight has NaN or infinity, naming the layer. Costs
-            a second pass.
+        safe: refuse before anything is changed where a merged weight, or a parameter that is cast, has NaN or
+            infinity, naming it. Costs a second pass.
         keep_original: keep the replaced layers in the report, so that `unmerge` can restore them exactly. Costs
             their memory (about 0.52 bytes a weight) for as long as the report lives.
 
@@ -147,6 +147,7 @@ def merge(
             merged = _merged_weight(layer, chosen[path])[1]
             if not torch.isfinite(merged if into == "nf4" else merged.to(DTYPES[into])).all():
                 raise ValueError(f"the merged weight of {path} has NaN or infinity in {into}; nothing was changed")
+        _check_cast(model, into)
     report = MergeReport(into, tuple(dict.fromkeys(n for names in chosen.values() for n in names)), [])
     if keep_original:
         report._originals = dict(layers)
@@ -201,14 +202,16 @@ def save_merged(model: nn.Module, directory: str | os.PathLike, tokenizer=None) 
 
     Raises:
         TypeError: where the model has no `save_pretrained`.
+        FileExistsError: where the folder holds an adapter.
     """
-    from qlora_engine.models.checkpoint import WEIGHT_FILES, save_quantized
+    from qlora_engine.models.checkpoint import WEIGHT_FILES, check_no_adapter, save_quantized
     from qlora_engine.models.files import atomic_directory
 
     if any(isinstance(m, NF4Linear) for m in model.modules()):
         return save_quantized(model, directory, tokenizer)
     if not hasattr(model, "save_pretrained"):
         raise TypeError(f"{type(model).__name__} has no save_pretrained; save its state_dict instead")
+    check_no_adapter(directory)
     with atomic_directory(directory, replaces=WEIGHT_FILES) as folder:
         model.save_pretrained(folder)
         if tokenizer is not None:
@@ -284,6 +287,16 @@ def _plain_tensors(model: nn.Module) -> dict[str, nn.Parameter]:
     """Floating parameters outside 4-bit layers, each once."""
     inside = {id(p) for m in model.modules() if isinstance(m, NF4Linear) for p in m.parameters()}
     return {n: p for n, p in model.named_parameters() if p.is_floating_point() and id(p) not in inside}
+
+
+def _check_cast(model: nn.Module, into: str) -> None:
+    """Refuses where a parameter that is not merged but only cast would not be finite, such as a norm in fp16."""
+    if into == "nf4":
+        return
+    biases = {n: p for n, p in model.named_parameters() if n.endswith(".bias") and p.is_floating_point()}
+    for name, parameter in (_plain_tensors(model) | biases).items():
+        if not torch.isfinite(parameter.detach().to(DTYPES[into])).all():
+            raise ValueError(f"{name} has NaN or infinity in {into}; nothing was changed")
 
 
 def _cast(model: nn.Module, dtype: torch.dtype) -> None:

@@ -136,6 +136,34 @@ def test_a_model_that_is_not_finite_is_refused_unchanged():
     qe.merge(model, into="fp16", safe=False)
 
 
+def test_a_parameter_that_only_fp16_cannot_hold_is_refused_unchanged():
+    model = prepared()
+    model.model.norm.weight.data[0] = 1e6
+    with pytest.raises(ValueError, match=r"model\.norm\.weight has NaN or infinity in fp16; nothing was changed"):
+        qe.merge(model, into="fp16")
+    assert len(adapter_layers(model)) == 14
+    assert model.model.norm.weight.dtype == torch.float32
+    model = prepared(gpt2)
+    model.transformer.h[0].attn.c_attn.bias.data[0] = 1e6
+    with pytest.raises(ValueError, match=r"c_attn\.bias has NaN or infinity in fp16"):
+        qe.merge(model, into="fp16")
+    qe.merge(model, into="bf16")
+
+
+def test_an_adapter_is_not_overwritten_by_a_model(tmp_path):
+    model = prepared()
+    qe.save_adapter(model, tmp_path)
+    before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+    for into in ("nf4", "bf16"):
+        report = qe.merge(model, into=into)
+        with pytest.raises(
+            FileExistsError, match=r"holds an adapter \(adapter_config\.json\); save the model to another"
+        ):
+            qe.save_merged(model, tmp_path)
+        qe.unmerge(model, report)
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
+
+
 def test_nothing_to_merge():
     with pytest.raises(ValueError, match="has no 4-bit layers"):
         qe.merge(llama())
@@ -174,6 +202,16 @@ def test_merged_model_loads_with_transformers_alone(kind, tmp_path):
     done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert torch.equal(torch.load(tmp_path / "logits.pt").float(), expected)
+
+
+def test_merged_head_of_a_tied_model_keeps_its_own_weight(tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    model = prepared(lambda: llama(tie_word_embeddings=True), target_modules=["lm_head", "q_proj"])
+    expected = logits(model)
+    qe.merge(model, into="fp32")
+    qe.save_merged(model, tmp_path)
+    torch.testing.assert_close(logits(AutoModelForCausalLM.from_pretrained(tmp_path)), expected, rtol=1e-3, atol=1e-3)
 
 
 def test_merged_into_nf4_saves_and_loads(tmp_path):
