@@ -85,15 +85,22 @@ class MergeReport:
         for layer in self.layers:
             kept = "-" if layer.kept is None else f"{layer.kept:.4f}"
             lines.append(f"{layer.name:<{width}}  {layer.delta_norm:8.2e}  {kept:>10}  {layer.error:12.2e}")
+        return "\n".join([*lines, self.summary()])
+
+    def summary(self) -> str:
+        """What was merged, and what was lost, in a line or two."""
         names = ", ".join(self.adapters) or "none"
-        mib = 2**20
-        lines.append(
+        text = (
             f"merged into {self.into}; adapters: {names}; {len(self.layers)} layers, "
-            f"{self.bytes_before / mib:.1f} -> {self.bytes_after / mib:.1f} MiB"
+            f"{self.bytes_before / 2**20:.1f} -> {self.bytes_after / 2**20:.1f} MiB"
         )
-        if self.into == "nf4" and self.kept is not None:
-            lines.append(f"re-quantization kept at least {self.kept:.1%} of every layer's change")
-        return "\n".join(lines)
+        if self.kept is not None:
+            error = max(layer.error for layer in self.layers)
+            text += (
+                f"\nevery layer kept at least {self.kept:.1%} of the adapter's change; rounding moved a weight "
+                f"matrix by at most {error:.2%} of its norm"
+            )
+        return text
 
 
 def merge(

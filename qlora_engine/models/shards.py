@@ -108,10 +108,11 @@ def find_shards(folder: Path) -> Shards:
     if index.is_file():
         try:
             weight_map = json.loads(index.read_text())["weight_map"]
-        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+            pairs = [(name, str(file)) for name, file in weight_map.items()]
+        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{index} is not a readable index of shards: {error!r}") from error
         files: dict[str, list[str] | None] = {}
-        for name, file in weight_map.items():
+        for name, file in pairs:
             if Path(file).name != file:
                 raise ValueError(f"{index} points outside its folder: {file!r}")
             files.setdefault(file, []).append(name)

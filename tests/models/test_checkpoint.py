@@ -13,7 +13,7 @@ from torch import nn
 import qlora_engine as qe
 from qlora_engine.models import checkpoint
 from qlora_engine.models.checkpoint import load_quantized, save_quantized
-from tests.models.tiny import bert, gpt2, llama, token_ids
+from tests.models.tiny import bert, gpt2, gpt_neox, llama, t5, token_ids
 
 MAKERS = {"llama": llama, "gpt2": gpt2, "bert": bert}
 
@@ -47,6 +47,33 @@ def test_classification_model_and_modules_to_save(tmp_path):
     assert streamed.classifier.weight.requires_grad
 
 
+def test_names_of_older_files(tmp_path):
+    model = gpt_neox()
+    model.save_pretrained(tmp_path)
+    with safe_open(tmp_path / "model.safetensors", "pt") as file:
+        assert "embed_out.weight" in file.keys()  # noqa: SIM118 - a reader, not a dict
+    streamed = load_quantized(tmp_path, qe.QLoRAConfig(r=4), progress=False)
+    assert torch.equal(logits(streamed), logits(qe.prepare(model, qe.QLoRAConfig(r=4))))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_what_transformers_keeps_in_float32_stays(dtype, tmp_path):
+    model = t5()
+    model.save_pretrained(tmp_path)
+    streamed = load_quantized(tmp_path, qe.QLoRAConfig(r=4), dtype=dtype, progress=False).eval()
+    expected = qe.prepare(type(model).from_pretrained(tmp_path, dtype=dtype), qe.QLoRAConfig(r=4)).eval()
+    layer = "encoder.block.0.layer.1.DenseReluDense"
+    assert isinstance(streamed.get_submodule(layer).wi, qe.QLoRALinear)
+    assert type(streamed.get_submodule(layer).wo) is nn.Linear
+    assert {n: p.dtype for n, p in streamed.named_parameters()} == {
+        n: p.dtype for n, p in expected.named_parameters()
+    }
+    ids = token_ids()
+    a, b = (m(input_ids=ids, decoder_input_ids=ids[:, :5]).logits.float() for m in (streamed, expected))
+    # in 16 bits the streamed scales are those of the file's float32, not of its rounding
+    assert float(((a - b).norm() / b.norm()).detach()) < {torch.float32: 1e-6}.get(dtype, 0.05)
+
+
 @pytest.mark.parametrize("double_quant", [True, False])
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 def test_saved_models_load_exactly(kind, double_quant, tmp_path):
@@ -74,6 +101,25 @@ def test_saved_base_has_no_adapters_and_takes_new_ones(tmp_path):
     assert torch.equal(logits(again), logits(model))
     fresh = load_quantized(tmp_path / "base", qe.QLoRAConfig(r=2, target_modules="q_proj"), progress=False)
     assert sum(p.numel() for p in fresh.parameters() if p.requires_grad) == 2 * (2 * 64 * 2)
+
+
+def test_layers_that_were_left_in_16_bits_are_left_again(tmp_path):
+    model = qe.quantize_model(llama(), qe.QLoRAConfig(skip_modules=["up_proj", "lm_head"]))
+    save_quantized(model, tmp_path)
+    assert torch.equal(logits(load_quantized(tmp_path, progress=False)), logits(model))
+    again = load_quantized(tmp_path, qe.QLoRAConfig(r=2), progress=False)
+    assert torch.equal(logits(again), logits(model))
+    assert type(again.model.layers[0].mlp.up_proj) is nn.Linear
+    assert isinstance(again.model.layers[0].mlp.down_proj, qe.QLoRALinear)
+    asked = load_quantized(tmp_path, qe.QLoRAConfig(r=2, target_modules="up_proj"), progress=False)
+    assert isinstance(asked.model.layers[0].mlp.up_proj, qe.QLoRALinear)
+    assert type(asked.lm_head) is nn.Linear
+
+
+def test_a_compiled_model_is_saved_under_its_own_names(tmp_path):
+    model = qe.quantize_model(llama())
+    save_quantized(torch.compile(model), tmp_path)
+    assert torch.equal(logits(load_quantized(tmp_path, progress=False)), logits(model))
 
 
 def test_quantized_head_of_a_tied_model(tmp_path):
@@ -161,6 +207,8 @@ NORM = "model.norm.weight"
 BREAK = {
     "no config": (lambda f: (f / "config.json").unlink(), "there is no config.json"),
     "bad config": (lambda f: (f / "config.json").write_text("{"), "config.json is not readable JSON"),
+    "no configuration": (lambda f: (f / "config.json").write_text("[]"), "it is []; expected a dict"),
+    "no model type": (lambda f: rewrite(f, lambda s: s.pop("model_type")), "model_type is None; expected a str"),
     "unknown model": (
         lambda f: rewrite(f, lambda s: s.update(model_type="llamma", architectures=[])),
         "model_type 'llamma' is not known",
@@ -175,6 +223,10 @@ BREAK = {
         "cannot be read (damaged or cut short)",
     ),
     "bad index": (lambda f: (f / "model.safetensors.index.json").write_text("[]"), "is not a readable index"),
+    "index without names": (
+        lambda f: (f / "model.safetensors.index.json").write_text('{"weight_map": ["a"]}'),
+        "is not a readable index",
+    ),
     "index leads outside": (
         lambda f: (f / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "../x"}})),
         "points outside its folder",
@@ -206,6 +258,43 @@ def test_a_bad_folder_is_explained(folder, case):
     damage(folder)
     with pytest.raises((ValueError, FileNotFoundError), match=re.escape(words)):
         load_quantized(folder, progress=False)
+
+
+LISTED = {"model.layers.0.mlp.up_proj": {"blocksize": 64, "double_quant": True}}
+BREAK_OURS = {
+    "another format": (
+        {"format": "nf5", "modules": LISTED},
+        "format 'nf5' and dict modules; expected what save_quant",
+    ),
+    "no modules": ({"format": "nf4"}, "format 'nf4' and no modules"),
+    "not a linear layer": (
+        {"format": "nf4", "modules": {"model.norm": {}}},
+        "'model.norm'; this LlamaForCausalLM has",
+    ),
+    "no such layer": (
+        {"format": "nf4", "modules": {"nowhere": {}}},
+        "'nowhere'; this LlamaForCausalLM has no linear",
+    ),
+    "blocks of 0": (
+        {"format": "nf4", "modules": {"lm_head": {"blocksize": 0, "double_quant": True}}},
+        "'lm_head' has {'blocksize': 0, 'double_quant': True}; expected a blocksize",
+    ),
+    "other options": ({"format": "nf4", "modules": {"lm_head": {"r": 4}}}, "'lm_head' has {'r': 4}; expected"),
+}
+
+
+@pytest.mark.parametrize("case", BREAK_OURS)
+def test_a_bad_list_of_4_bit_layers_is_explained(folder, case):
+    damage, words = BREAK_OURS[case]
+    rewrite(folder, lambda s: s.update(quantization_config={"quant_method": "qlora_engine", **damage}))
+    with pytest.raises(ValueError, match=re.escape(words)):
+        load_quantized(folder, progress=False)
+
+
+def test_the_architecture_must_be_a_model(folder):
+    """A configuration cannot make this package call another name of transformers."""
+    rewrite(folder, lambda s: s.update(architectures=["pipeline", 3, "AutoModel"]))
+    assert type(load_quantized(folder, progress=False)).__name__ == "LlamaForCausalLM"
 
 
 def test_pickled_weights_are_refused(tmp_path):

@@ -90,7 +90,8 @@ def test_report_of_a_merge_into_nf4():
     assert report.kept == min(layer.kept for layer in report.layers)
     text = str(report)
     assert path in text
-    assert "re-quantization kept at least" in text
+    assert f"every layer kept at least {report.kept:.1%}" in report.summary()
+    assert text.endswith(report.summary())
     assert json.loads(report.to_json())["layers"][0]["name"] == report.layers[0].name
 
 

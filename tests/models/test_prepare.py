@@ -73,6 +73,28 @@ def test_head_can_be_quantized_when_asked_for():
     assert isinstance(model.lm_head, qe.QLoRALinear)
 
 
+def test_layers_inside_a_head_stay():
+    from transformers import RobertaConfig, RobertaForSequenceClassification
+
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1, "num_attention_heads": 4}
+    model = qe.prepare(RobertaForSequenceClassification(RobertaConfig(vocab_size=128, **sizes)), qe.QLoRAConfig(r=4))
+    assert type(model.classifier.dense) is nn.Linear
+    assert isinstance(model.roberta.encoder.layer[0].intermediate.dense, qe.QLoRALinear)
+
+
+def test_preparing_a_quantized_model_adds_adapters_only():
+    model = qe.quantize_model(llama(), qe.QLoRAConfig(skip_modules=["up_proj", "lm_head"]))
+    qe.prepare(model, qe.QLoRAConfig(r=4))
+    assert type(model.model.layers[0].mlp.up_proj) is nn.Linear
+    assert len(adapted(model)) == 12
+
+
+def test_a_merged_model_is_quantized_anew():
+    model = qe.prepare(llama(), qe.QLoRAConfig(r=4))
+    qe.merge(model, into="fp32")
+    assert len(adapted(qe.prepare(model, qe.QLoRAConfig(r=4)))) == 14
+
+
 def test_tied_head_stays():
     model = qe.prepare(llama(tie_word_embeddings=True), qe.QLoRAConfig(r=4))
     assert model.lm_head.weight is model.model.embed_tokens.weight
