@@ -220,8 +220,11 @@ def _empty_model(folder: Path, settings: dict) -> nn.Module:
     """The model with its parameters on the meta device and its buffers, such as rotary frequencies, computed."""
     import transformers
     from accelerate import init_empty_weights
+    from huggingface_hub.errors import StrictDataclassError
 
+    names = [name for name in settings.get("architectures") or [] if isinstance(name, str)]
     settings = {key: value for key, value in settings.items() if key != "quantization_config"}
+    settings["architectures"] = names
     try:
         config = transformers.AutoConfig.for_model(**settings)
     except (KeyError, ValueError) as error:
@@ -229,8 +232,10 @@ def _empty_model(folder: Path, settings: dict) -> nn.Module:
             f"{folder / 'config.json'}: model_type {settings.get('model_type')!r} is not known to this transformers "
             f"({transformers.__version__}); update it, or name another model"
         ) from error
+    except (StrictDataclassError, TypeError) as error:
+        raise ValueError(f"{folder / 'config.json'} is not a model's configuration: {error}") from error
     config._name_or_path = str(folder)
-    named = [getattr(transformers, str(name), None) for name in settings.get("architectures") or []]
+    named = [getattr(transformers, name, None) for name in names]
     kind = next((c for c in named if isinstance(c, type) and issubclass(c, transformers.PreTrainedModel)), None)
     with init_empty_weights(include_buffers=False):
         model = kind(config) if kind else transformers.AutoModelForCausalLM.from_config(config)
