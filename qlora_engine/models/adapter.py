@@ -1,6 +1,5 @@
 """Adapters as files, in PEFT's format: `adapter_config.json` and `adapter_model.safetensors`."""
 
-import dataclasses
 import os
 import re
 from pathlib import Path
@@ -20,8 +19,7 @@ from qlora_engine.models.peft_format import (
     settings_of,
     write_adapter_config,
 )
-from qlora_engine.models.prepare import adapter_layer, own_parameters
-from qlora_engine.models.targets import matches_any
+from qlora_engine.models.prepare import adapter_layer, own_parameters, remember_saved, saved_modules, shared_places
 from qlora_engine.nn.nf4_linear import NF4Linear
 from qlora_engine.nn.qlora_linear import DEFAULT_ADAPTER, QLoRALinear
 
@@ -81,13 +79,6 @@ def save_adapter(
     return Path(directory)
 
 
-def saved_modules(model: nn.Module) -> list[str]:
-    """Paths of the modules that are trained whole beside the adapters."""
-    config = getattr(model, "qlora_config", None)
-    patterns = config.modules_to_save if config else ()
-    return [path for path, _ in model.named_modules() if path and matches_any(patterns, path)]
-
-
 def load_adapter(
     model: nn.Module,
     directory: str | os.PathLike,
@@ -122,8 +113,9 @@ def load_adapter(
     settings = {path: settings_of(config, path, A.shape[0], directory) for path, (A, B) in pairs.items()}
     saved = _find_saved(target, config.get("modules_to_save") or [], others)
     _check_fit(target, pairs, others, saved, settings, adapter_name, directory)
+    places = shared_places(target)
     for path, (A, B) in pairs.items():
-        layer = adapter_layer(target, path)
+        layer = adapter_layer(target, path, places)
         s = settings[path]
         if adapter_name not in layer.adapters:
             layer.add_adapter(adapter_name, r=s.r, alpha=s.alpha, dropout=s.dropout, rslora=s.rslora)
@@ -140,7 +132,7 @@ def load_adapter(
             own[name].copy_(tensor)
     for path in saved:
         target.get_submodule(path).requires_grad_(trainable)
-    _remember_saved(target, saved)
+    remember_saved(target, getattr(target, "qlora_config", None) or QLoRAConfig(r=0), saved)
     return model
 
 
@@ -237,15 +229,6 @@ def _check_fit(model, pairs, others, saved, settings, adapter_name, directory) -
         problems.append(f"nothing in the file for {_some(sorted(holding - set(pairs)))}, which have that adapter")
     if problems:
         raise ValueError(f"{directory} does not fit the model: " + "; ".join(problems[:5]))
-
-
-def _remember_saved(model: nn.Module, saved: list[str]) -> None:
-    """`save_adapter` asks the model's configuration which modules were trained whole."""
-    known = set(saved_modules(model))
-    new = [path for path in saved if path not in known]
-    if new:
-        config = getattr(model, "qlora_config", None) or QLoRAConfig(r=0)
-        model.qlora_config = dataclasses.replace(config, modules_to_save=(*config.modules_to_save, *new))
 
 
 def _some(names: list[str]) -> str:

@@ -13,7 +13,7 @@ from torch import nn
 from qlora_engine.models.adapter import CONFIG_FILE, load_adapter
 from qlora_engine.models.config import QLoRAConfig
 from qlora_engine.models.files import atomic_directory
-from qlora_engine.models.prepare import prepare, quantize_model, replace_module, untie
+from qlora_engine.models.prepare import prepare, quantize_model, replace_module, shared_places, untie
 from qlora_engine.models.shards import Shards, find_shards, resolve_folder
 from qlora_engine.models.targets import find_targets, kept_in_float32, linear_modules
 from qlora_engine.nn.nf4_linear import NF4Linear, is_transposed_linear
@@ -151,8 +151,9 @@ def load_quantized(
         paths, _, _ = find_targets(model, config)
         modules = {p: {"blocksize": config.blocksize, "double_quant": config.double_quant} for p in paths}
     sources = {path: untie(model, path) for path in modules}
+    places = shared_places(model)
     for path, options in modules.items():
-        replace_module(model, path, _empty_layer(model, path, **options))
+        replace_module(model, path, _empty_layer(model, path, **options), places)
     with torch.no_grad():
         _fill(model, shards, sources, device, dtype, progress)
     if device is not None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from qlora_engine.models.prepare import replace_module
+from qlora_engine.models.prepare import replace_module, shared_places
 from qlora_engine.nn.nf4_linear import NF4Linear
 from qlora_engine.nn.qlora_linear import QLoRALinear
 from qlora_engine.quantization.weight import quantize
@@ -154,9 +154,10 @@ def merge(
         if into != "nf4":
             report._tensors = {name: p.data for name, p in _plain_tensors(model).items()}
             report._config_dtype = getattr(getattr(model, "config", None), "dtype", None)
+    places = shared_places(model)
     for path, layer in layers.items():
         new, entry = _merge_layer(path, layer, chosen[path], into)
-        replace_module(model, path, new)
+        replace_module(model, path, new, places)
         report.layers.append(entry)
     if into != "nf4":
         _cast(model, DTYPES[into])
@@ -175,8 +176,9 @@ def unmerge(model: nn.Module, report: MergeReport) -> nn.Module:
     """
     if not report.reversible:
         raise ValueError("this report holds no layers: merge with keep_original=True, and unmerge only once")
+    places = shared_places(model)
     for path, layer in report._originals.items():
-        replace_module(model, path, layer)
+        replace_module(model, path, layer, places)
     tensors = _plain_tensors(model)
     for name, data in report._tensors.items():
         tensors[name].data = data

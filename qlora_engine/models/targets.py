@@ -128,6 +128,12 @@ def find_targets(model: nn.Module, config: QLoRAConfig) -> tuple[list[str], list
     check_patterns(config.modules_to_save, paths, "modules_to_save")
     saved = [path for path in paths if matches_any(config.modules_to_save, path)]
     inside_saved = {p for p in linears if any(p == s or p.startswith(s + ".") for s in saved)}
+    packed = sorted(p for p in inside_saved if isinstance(linears[p], NF4Linear))
+    if packed:
+        raise TargetError(
+            f"modules_to_save asks to train {', '.join(packed[:5])} whole, already in 4 bits; name it there when the "
+            "model is quantized, or give it an adapter"
+        )
     named = [pattern for pattern in config.target_modules if pattern != ALL_LINEAR] if config.r else []
     check_patterns(named, list(linears), "target_modules")
     if config.skip_modules is None:

@@ -9,8 +9,9 @@ import torch
 from torch import nn
 
 import qlora_engine as qe
-from qlora_engine.models.adapter import load_adapter, save_adapter, saved_modules
+from qlora_engine.models.adapter import load_adapter, save_adapter
 from qlora_engine.models.adapters import adapter_layers
+from qlora_engine.models.prepare import saved_modules
 from tests.models.tiny import VOCABULARY, bert, gpt2, llama, token_ids
 
 
@@ -124,6 +125,18 @@ def test_modules_that_were_trained_whole_are_saved_again(tmp_path):
     save_adapter(again, tmp_path / "second")
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         assert (tmp_path / "first" / name).read_bytes() == (tmp_path / "second" / name).read_bytes()
+
+
+def test_a_second_adapter_does_not_lose_the_modules_of_the_first(tmp_path):
+    model = prepared(bert, modules_to_save=["classifier"])
+    save_adapter(model, tmp_path / "before")
+    with qe.adapters_disabled(model):
+        expected = model(token_ids()).logits
+    qe.prepare(model, qe.QLoRAConfig(r=2, adapter_name="second", target_modules="query"))
+    assert torch.equal(model(token_ids()).logits, expected)  # the first acts in no layer any more
+    save_adapter(model, tmp_path / "after")
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        assert (tmp_path / "before" / name).read_bytes() == (tmp_path / "after" / name).read_bytes()
 
 
 def test_half_a_module_that_was_trained_whole_is_refused(tmp_path):
