@@ -23,6 +23,8 @@ TASKS = {
     "ForTokenClassification": "TOKEN_CLS",
     "ForQuestionAnswering": "QUESTION_ANS",
 }
+# Ends of the paths of modules that PEFT trains and loads whole for a task, asked or not
+HEADS = {"SEQ_CLS": ("classifier", "score"), "TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",)}
 # Features of PEFT's LoRA that change what an adapter computes and that a layer here does not compute.
 UNSUPPORTED = (
     "use_dora",
@@ -145,7 +147,7 @@ def write_adapter_config(
     path: Path,
     settings: Mapping[str, LoRASettings],
     *,
-    module_paths: Iterable[str],
+    module_paths: list[str],
     modules_to_save: list[str],
     fan_in_fan_out: bool,
     base_model: str | None,
@@ -171,7 +173,7 @@ def write_adapter_config(
     alpha = _most_common(alphas.values())
     config = {
         "peft_type": "LORA",
-        "task_type": next((task for ending, task in TASKS.items() if class_name.endswith(ending)), None),
+        "task_type": _task(class_name, module_paths, modules_to_save),
         "base_model_name_or_path": base_model,
         "revision": None,
         "inference_mode": True,
@@ -179,7 +181,7 @@ def write_adapter_config(
         "r": r,
         "lora_alpha": alpha,
         "lora_dropout": _most_common(s.dropout for s in settings.values()),
-        "target_modules": _target_modules(list(module_paths), list(settings)),
+        "target_modules": _target_modules(module_paths, list(settings)),
         "exclude_modules": None,
         "modules_to_save": modules_to_save or None,
         "bias": "none",
@@ -191,6 +193,13 @@ def write_adapter_config(
         "alpha_pattern": {_pattern(p, settings): a for p, a in alphas.items() if a != alpha},
     }
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+
+def _task(class_name: str, module_paths: list[str], modules_to_save: list[str]) -> str | None:
+    """PEFT's name of the task, or None where PEFT would then look in the file for a head that was not trained."""
+    task = next((task for ending, task in TASKS.items() if class_name.endswith(ending)), None)
+    heads = [path for path in module_paths if path.endswith(HEADS.get(task, ()))]
+    return task if set(heads) <= set(modules_to_save) else None
 
 
 def _most_common(values):

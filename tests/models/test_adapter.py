@@ -53,6 +53,7 @@ CASES = [
     ("llama", {"rank_pattern": {"q_proj": 2, "re:.*mlp.*": 7}, "alpha_pattern": {"o_proj": 1}}),
     ("gpt2", {}),
     ("bert", {"target_modules": ["query", "value"], "modules_to_save": ["classifier"]}),
+    ("bert", {}),
     ("tied", {"modules_to_save": ["lm_head"]}),
     ("tied", {"modules_to_save": ["embed_tokens"]}),
     ("tied", {"modules_to_save": ["lm_head", "model.embed_tokens"]}),
@@ -224,6 +225,13 @@ def test_config_has_what_servers_read(tmp_path):
     assert (config["r"], config["lora_alpha"], config["task_type"]) == (4, 6, "CAUSAL_LM")
     assert config["base_model_name_or_path"] == "some/model"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
+
+
+@pytest.mark.parametrize(("trained", "task"), [((), None), ("classifier", "SEQ_CLS")])
+def test_the_task_is_named_where_its_head_is_in_the_file(trained, task, tmp_path):
+    """PEFT looks for the classifier's weights in the file of every SEQ_CLS adapter."""
+    save_adapter(prepared(bert, modules_to_save=trained), tmp_path)
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["task_type"] == task
 
 
 @pytest.fixture
