@@ -154,80 +154,150 @@ void quantize(const void* weight, Element element, int64_t numel, int64_t blocks
 }
 
 // ---- decode
+//
+// A block has no more than 16 different values: they are scaled and rounded once, and elements are looked up.
 
 constexpr float kLevel[16] = {QLORA_NF4_LEVELS};
+constexpr int kParts = 16 / W;
 
-// Calls vector(v, i, slot) with W decoded float32 products, and single(v, i) with one, until every element of
+// round(level * absmax) of every level.
+template <Element E>
+QLORA_INLINE simd::Table table_of(float absmax) {
+  simd::Table table;
+#pragma GCC unroll 4
+  for (int p = 0; p < kParts; ++p) table.part[p] = round_to<E>(simd::load(kLevel + p * W) * simd::broadcast(absmax));
+  return table;
+}
+
+// The same as bits of a 16-bit type.
+template <Element E>
+QLORA_INLINE simd::HalfTable half_table_of(float absmax) {
+  I bits[kParts];
+#pragma GCC unroll 4
+  for (int p = 0; p < kParts; ++p) {
+    const F v = simd::load(kLevel + p * W) * simd::broadcast(absmax);
+    if constexpr (E == Element::kBFloat16) {
+      bits[p] = (I)((U)round_bf16_bits(v) >> 16);
+    } else {
+      bits[p] = simd::fp16_bits(v);
+    }
+  }
+  return simd::half_table(bits);
+}
+
+// One number to an element and back, with the vectors' rounding.
+template <Element E>
+QLORA_INLINE float round_one(float v) {
+  float lanes[W];
+  simd::store(lanes, round_to<E>(simd::broadcast(v)));
+  return lanes[0];
+}
+
+// The element of an odd index, at which a row may begin.
+template <Element E>
+QLORA_INLINE float decode_odd(const Nf4View& weight, int64_t i) {
+  return round_one<E>(kLevel[weight.packed[i >> 1] & 15] * weight.absmax[i >> weight.block_shift]);
+}
+
+// The packed bytes of n elements, behind which nothing may be read.
+template <int BYTES>
+QLORA_INLINE void copy_codes(const uint8_t* p, int n, uint8_t (&bytes)[BYTES]) {
+  for (int j = 0; j < BYTES; ++j) bytes[j] = j < (n + 1) / 2 ? p[j] : 0;
+}
+
+// Calls vector(v, i, slot) with W elements, rounded to E, as float32, and single(v, i) with one, until every element of
 // [first, last) was seen once, in order; i counts from 0 at `first`. Neighbouring vectors have different slots (0 and
 // 1, known when compiling), so that a sum can keep two accumulators.
-template <class Vector, class Single>
+template <Element E, class Vector, class Single>
 QLORA_INLINE void for_each_decoded(const Nf4View& weight, int64_t first, int64_t last, Vector vector, Single single) {
   int64_t i = first;
   if ((i & 1) && i < last) {
-    single(kLevel[weight.packed[i >> 1] & 15] * weight.absmax[i >> weight.block_shift], i - first);
+    single(decode_odd<E>(weight, i), i - first);
     ++i;
   }
   while (i < last) {
     const int64_t block = i >> weight.block_shift, next = (block + 1) << weight.block_shift;
     const int64_t end = next < last ? next : last;
-    const float scale = weight.absmax[block];
-    const F scales = simd::broadcast(scale);
+    const simd::Table table = table_of<E>(weight.absmax[block]);
     for (; i + 2 * W <= end; i += 2 * W) {
-      vector(simd::levels(simd::unpack_codes(weight.packed + (i >> 1))) * scales, i - first, 0);
-      vector(simd::levels(simd::unpack_codes(weight.packed + ((i + W) >> 1))) * scales, i + W - first, 1);
+      vector(simd::lookup(table, simd::unpack_codes(weight.packed + (i >> 1))), i - first, 0);
+      vector(simd::lookup(table, simd::unpack_codes(weight.packed + ((i + W) >> 1))), i + W - first, 1);
     }
     for (; i + W <= end; i += W) {
-      vector(simd::levels(simd::unpack_codes(weight.packed + (i >> 1))) * scales, i - first, 0);
+      vector(simd::lookup(table, simd::unpack_codes(weight.packed + (i >> 1))), i - first, 0);
     }
-    for (; i < end; ++i) {
-      const int byte = weight.packed[i >> 1];
-      single(kLevel[i & 1 ? byte & 15 : byte >> 4] * scale, i - first);
+    if (i < end) {
+      uint8_t bytes[W / 2];
+      float lanes[W];
+      copy_codes(weight.packed + (i >> 1), (int)(end - i), bytes);
+      simd::store(lanes, simd::lookup(table, simd::unpack_codes(bytes)));
+      for (int j = 0; i < end; ++i, ++j) single(lanes[j], i - first);
     }
   }
 }
 
-template <Element E>
-inline void dequantize_through_caches(const Nf4View& weight, int64_t first, int64_t last, void* out) {
-  for_each_decoded(
-      weight, first, last, [&](F v, int64_t i, int) __attribute__((always_inline)) { store_from_float<E>(out, i, v); },
-      [&](float v, int64_t i) { store_some<E>(out, i, simd::broadcast(v), 1); });
+// Elements [first, last) to float32, rounded to E. AROUND: around the caches; `first` is then even and out +
+// (i - first) aligned to a vector wherever i - first is a multiple of 2 W.
+template <Element E, bool AROUND = false>
+inline void decode_floats(const Nf4View& weight, int64_t first, int64_t last, float* out) {
+  for_each_decoded<E>(
+      weight, first, last,
+      [&](F v, int64_t i, int) __attribute__((always_inline)) {
+        if constexpr (AROUND) {
+          simd::stream(out + i, v);
+        } else {
+          simd::store(out + i, v);
+        }
+      },
+      [&](float v, int64_t i) { out[i] = v; });
 }
 
-// [first, last) of even bounds, out + (i - first) aligned to a vector wherever i - first is a multiple of 2 W.
-template <Element E>
-inline void dequantize_around_caches(const Nf4View& weight, int64_t first, int64_t last, void* out) {
+// Elements [first, last) to a 16-bit type.
+template <Element E, bool AROUND = false>
+inline void decode_halves(const Nf4View& weight, int64_t first, int64_t last, uint16_t* out) {
   int64_t i = first;
-  const int64_t whole = first + (last - first) / (2 * W) * (2 * W);
-  while (i < whole) {
+  if ((i & 1) && i < last) {
+    store_some<E>(out, 0, simd::broadcast(decode_odd<E>(weight, i)), 1);
+    ++i;
+  }
+  while (i < last) {
     const int64_t block = i >> weight.block_shift, next = (block + 1) << weight.block_shift;
-    const int64_t end = next < whole ? next : whole;
-    const F scales = simd::broadcast(weight.absmax[block]);
-    for (; i < end; i += 2 * W) {
-      const F a = simd::levels(simd::unpack_codes(weight.packed + (i >> 1))) * scales;
-      const F b = simd::levels(simd::unpack_codes(weight.packed + ((i + W) >> 1))) * scales;
-      if constexpr (E == Element::kFloat32) {
-        simd::stream((float*)out + (i - first), a);
-        simd::stream((float*)out + (i - first) + W, b);
-      } else if constexpr (E == Element::kBFloat16) {
-        simd::stream_pair((uint16_t*)out + (i - first), (I)((U)round_bf16_bits(a) >> 16),
-                          (I)((U)round_bf16_bits(b) >> 16));
+    const int64_t end = next < last ? next : last;
+    const simd::HalfTable table = half_table_of<E>(weight.absmax[block]);
+    for (; i + 2 * W <= end; i += 2 * W) {
+      const simd::Halves v = simd::lookup_halves(table, weight.packed + (i >> 1));
+      if constexpr (AROUND) {
+        simd::stream_halves(out + (i - first), v);
       } else {
-        simd::stream_pair((uint16_t*)out + (i - first), simd::fp16_bits(a), simd::fp16_bits(b));
+        simd::store_halves(out + (i - first), v);
       }
     }
+    if (i < end) {
+      uint8_t bytes[W];
+      uint16_t lanes[2 * W];
+      copy_codes(weight.packed + (i >> 1), (int)(end - i), bytes);
+      simd::store_halves(lanes, simd::lookup_halves(table, bytes));
+      for (int j = 0; i < end; ++i, ++j) out[i - first] = lanes[j];
+    }
   }
-  simd::stream_fence();
-  dequantize_through_caches<E>(weight, whole, last, (char*)out + (whole - first) * (E == Element::kFloat32 ? 4 : 2));
+}
+
+template <bool AROUND>
+inline void dequantize_to(const Nf4View& weight, int64_t first, int64_t last, void* out, Element element) {
+  switch (element) {
+    case Element::kFloat32: return decode_floats<Element::kFloat32, AROUND>(weight, first, last, (float*)out);
+    case Element::kBFloat16: return decode_halves<Element::kBFloat16, AROUND>(weight, first, last, (uint16_t*)out);
+    case Element::kFloat16: return decode_halves<Element::kFloat16, AROUND>(weight, first, last, (uint16_t*)out);
+  }
 }
 
 void dequantize(const Nf4View& weight, int64_t first, int64_t last, void* out, Element element, bool stream) {
-  for_element(element, [&]<Element E>() {
-    if (stream) {
-      dequantize_around_caches<E>(weight, first, last, out);
-    } else {
-      dequantize_through_caches<E>(weight, first, last, out);
-    }
-  });
+  if (stream) {
+    dequantize_to<true>(weight, first, last, out, element);
+    simd::stream_fence();
+  } else {
+    dequantize_to<false>(weight, first, last, out, element);
+  }
 }
 
 }  // namespace

@@ -49,3 +49,13 @@ const Kernels& kernels() {
 }
 
 }  // namespace qlora_engine::cpu
+
+// For Python, by way of ctypes: the name of the table in use, nullptr where QLORA_ENGINE_CPU names none that can be used
+// (every operator raises then, and says why).
+extern "C" __attribute__((visibility("default"))) const char* qlora_engine_cpu_kernels() noexcept {
+  try {
+    return qlora_engine::cpu::kernels().name;
+  } catch (...) {
+    return nullptr;
+  }
+}

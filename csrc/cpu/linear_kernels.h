@@ -26,14 +26,6 @@ void widen(const void* x, Element element, int64_t n, float* out) {
   });
 }
 
-// One number to an element and back, with the vectors' rounding.
-template <Element E>
-inline float round_one(float v) {
-  float lanes[W];
-  simd::store(lanes, round_to<E>(simd::broadcast(v)));
-  return lanes[0];
-}
-
 // ---- a few rows of x
 
 template <Element E, int ROWS>
@@ -42,15 +34,13 @@ inline void dot_rows(const float* x, int64_t K, int64_t N, const Nf4View& weight
   for (int64_t n = first; n < last; ++n) {
     F sums[ROWS][2] = {};
     float tails[ROWS] = {};
-    for_each_decoded(
+    for_each_decoded<E>(
         weight, n * K, (n + 1) * K,
-        [&](F v, int64_t k, int slot) __attribute__((always_inline)) {
-          const F w = round_to<E>(v);
+        [&](F w, int64_t k, int slot) __attribute__((always_inline)) {
 #pragma GCC unroll 4
           for (int m = 0; m < ROWS; ++m) sums[m][slot] = simd::fmadd(w, simd::load(x + m * K + k), sums[m][slot]);
         },
-        [&](float v, int64_t k) __attribute__((always_inline)) {
-          const float w = round_one<E>(v);
+        [&](float w, int64_t k) __attribute__((always_inline)) {
           for (int m = 0; m < ROWS; ++m) tails[m] += w * x[m * K + k];
         });
     float b = 0;
@@ -119,12 +109,9 @@ inline void decode_row(const Nf4View& weight, int64_t begin, int64_t steps, floa
   const int64_t padded = (steps + PER_VECTOR - 1) / PER_VECTOR * PER_VECTOR;
   for (int64_t i = padded - PER_VECTOR; i < padded && i >= 0; i += PAIRED ? 2 : 1) out[PAIRED ? i / 2 : i] = 0;
   if constexpr (PAIRED) {
-    dequantize_through_caches<Element::kBFloat16>(weight, begin, begin + steps, out);
+    decode_halves<E>(weight, begin, begin + steps, (uint16_t*)out);
   } else {
-    for_each_decoded(
-        weight, begin, begin + steps,
-        [&](F v, int64_t i, int) __attribute__((always_inline)) { simd::store(out + i, round_to<E>(v)); },
-        [&](float v, int64_t i) { out[i] = round_one<E>(v); });
+    decode_floats<E>(weight, begin, begin + steps, out);
   }
 }
 
@@ -155,30 +142,22 @@ inline void pack_transposed(const Nf4View& weight, int64_t P, int64_t R, int64_t
   }
 }
 
-// Up to a panel of one row of W, zeros behind it.
-template <Element E>
-inline void decode_panel(const Nf4View& weight, int64_t begin, int64_t columns, float* out) {
-  if (columns < kPanel) __builtin_memset(out, 0, kPanel * sizeof(float));
-  for_each_decoded(
-      weight, begin, begin + columns,
-      [&](F v, int64_t i, int) __attribute__((always_inline)) { simd::store(out + i, round_to<E>(v)); },
-      [&](float v, int64_t i) { out[i] = round_one<E>(v); });
-}
-
 template <Element E, bool PAIRED>
 inline void pack_rows(const Nf4View& weight, int64_t P, int64_t R, int64_t p0, int64_t lane0, int lanes, float* out) {
   const int64_t columns = P - p0 < kPanel ? P - p0 : kPanel;
   for (int lane = 0; lane < lanes; ++lane, out += kPanel) {
     if constexpr (PAIRED) {
-      alignas(64) float first[kPanel], second[kPanel] = {};
+      alignas(64) uint16_t even[kPanel] = {}, odd[kPanel] = {};
       const int64_t r = 2 * (lane0 + lane);
-      decode_panel<Element::kBFloat16>(weight, r * P + p0, columns, first);
-      if (r + 1 < R) decode_panel<Element::kBFloat16>(weight, (r + 1) * P + p0, columns, second);
-      for (int i = 0; i < kPanel; i += W) {  // both are rounded: their low halves are zero
-        simd::store(out + i, (F)((U)simd::load(second + i) | ((U)simd::load(first + i) >> 16)));
+      decode_halves<E>(weight, r * P + p0, r * P + p0 + columns, even);
+      if (r + 1 < R) decode_halves<E>(weight, (r + 1) * P + p0, (r + 1) * P + p0 + columns, odd);
+      for (int i = 0; i < kPanel; i += W) {  // load_bf16 moves the bits to the high half of a lane
+        simd::store(out + i, (F)((U)simd::load_bf16(odd + i) | ((U)simd::load_bf16(even + i) >> 16)));
       }
     } else {
-      decode_panel<E>(weight, (lane0 + lane) * P + p0, columns, out);
+      if (columns < kPanel) __builtin_memset(out, 0, kPanel * sizeof(float));
+      const int64_t begin = (lane0 + lane) * P + p0;
+      decode_floats<E>(weight, begin, begin + columns, out);
     }
   }
 }

@@ -32,14 +32,39 @@ inline __attribute__((always_inline)) I unpack_codes(const uint8_t* p) {
   __builtin_memcpy(&bytes, p, 4);
   return (I)_mm256_srlv_epi32(_mm256_set1_epi32(bytes), _mm256_setr_epi32(4, 0, 12, 8, 20, 16, 28, 24));
 }
-inline __attribute__((always_inline)) F levels(I codes) {
-  const float t[16] = {QLORA_NF4_LEVELS};
-  const __m256 low = _mm256_setr_ps(t[0], t[1], t[2], t[3], t[4], t[5], t[6], t[7]);
-  const __m256 high = _mm256_setr_ps(t[8], t[9], t[10], t[11], t[12], t[13], t[14], t[15]);
+// The 16 values of a block.
+struct Table {
+  F part[2];
+};
+inline __attribute__((always_inline)) F lookup(const Table& table, I codes) {
   const __m256i c = (__m256i)codes;
   // the permutation reads 3 bits; the fourth, moved to the sign, chooses the half of the table
-  return (F)_mm256_blendv_ps(_mm256_permutevar8x32_ps(low, c), _mm256_permutevar8x32_ps(high, c),
+  return (F)_mm256_blendv_ps(_mm256_permutevar8x32_ps((__m256)table.part[0], c),
+                             _mm256_permutevar8x32_ps((__m256)table.part[1], c),
                              _mm256_castsi256_ps(_mm256_slli_epi32(c, 28)));
+}
+
+// The same for 16-bit values, their low and their high bytes apart: 2 kWidth elements are decoded at a time.
+typedef __m256i Halves;
+struct HalfTable {
+  __m128i low, high;
+};
+inline __attribute__((always_inline)) HalfTable half_table(const I (&bits)[2]) {
+  const __m256i values =
+      _mm256_permute4x64_epi64(_mm256_packus_epi32((__m256i)bits[0], (__m256i)bits[1]), 0xd8);
+  const __m256i low = _mm256_and_si256(values, _mm256_set1_epi16(0xff)), high = _mm256_srli_epi16(values, 8);
+  return {_mm_packus_epi16(_mm256_castsi256_si128(low), _mm256_extracti128_si256(low, 1)),
+          _mm_packus_epi16(_mm256_castsi256_si128(high), _mm256_extracti128_si256(high, 1))};
+}
+inline __attribute__((always_inline)) Halves lookup_halves(const HalfTable& table, const uint8_t* p) {
+  const __m128i bytes = _mm_loadl_epi64((const __m128i*)p), nibble = _mm_set1_epi8(15);
+  const __m128i codes =
+      _mm_unpacklo_epi8(_mm_and_si128(_mm_srli_epi16(bytes, 4), nibble), _mm_and_si128(bytes, nibble));
+  const __m128i low = _mm_shuffle_epi8(table.low, codes), high = _mm_shuffle_epi8(table.high, codes);
+  return _mm256_set_m128i(_mm_unpackhi_epi8(low, high), _mm_unpacklo_epi8(low, high));
+}
+inline __attribute__((always_inline)) void store_halves(uint16_t* p, Halves v) {
+  _mm256_storeu_si256((__m256i*)p, v);
 }
 
 inline __attribute__((always_inline)) F load_bf16(const uint16_t* p) {
@@ -62,11 +87,10 @@ inline __attribute__((always_inline)) F round_fp16(F v) {
   return (F)_mm256_cvtph_ps(_mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 }
 
-// Around the caches; p is aligned to 32 bytes. A pair is two vectors of 16-bit values, one in each lane.
+// Around the caches; p is aligned to 32 bytes.
 inline __attribute__((always_inline)) void stream(float* p, F v) { _mm256_stream_ps(p, (__m256)v); }
-inline __attribute__((always_inline)) void stream_pair(uint16_t* p, I first, I second) {
-  const __m256i packed = _mm256_packus_epi32((__m256i)first, (__m256i)second);
-  _mm256_stream_si256((__m256i*)p, _mm256_permute4x64_epi64(packed, 0xd8));
+inline __attribute__((always_inline)) void stream_halves(uint16_t* p, Halves v) {
+  _mm256_stream_si256((__m256i*)p, v);
 }
 inline __attribute__((always_inline)) I fp16_bits(F v) {
   return (I)_mm256_cvtepu16_epi32(_mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));

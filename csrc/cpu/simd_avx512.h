@@ -30,10 +30,29 @@ inline __attribute__((always_inline)) I unpack_codes(const uint8_t* p) {
   const __m512i shifts = _mm512_set_epi32(24, 28, 16, 20, 8, 12, 0, 4, 24, 28, 16, 20, 8, 12, 0, 4);
   return (I)_mm512_srlv_epi32(_mm512_permutexvar_epi32(halves, _mm512_set1_epi64(bytes)), shifts);
 }
-inline __attribute__((always_inline)) F levels(I codes) {
-  const __m512 table = {QLORA_NF4_LEVELS};
-  return (F)_mm512_permutexvar_ps((__m512i)codes, table);
+// The 16 values of a block.
+struct Table {
+  F part[1];
+};
+inline __attribute__((always_inline)) F lookup(const Table& table, I codes) {
+  return (F)_mm512_permutexvar_ps((__m512i)codes, (__m512)table.part[0]);
 }
+
+// The same for 16-bit values: 2 kWidth elements are decoded at a time. The table stands twice in its register, because
+// an index has five bits, of which the fifth is not part of the code.
+typedef __m512i Halves;
+struct HalfTable {
+  __m512i twice;
+};
+inline __attribute__((always_inline)) HalfTable half_table(const I (&bits)[1]) {
+  return {_mm512_broadcast_i64x4(_mm512_cvtepi32_epi16((__m512i)bits[0]))};
+}
+inline __attribute__((always_inline)) Halves lookup_halves(const HalfTable& table, const uint8_t* p) {
+  const __m512i bytes = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p));
+  const __m512i codes = _mm512_or_si512(_mm512_srli_epi32(bytes, 4), _mm512_slli_epi32(bytes, 16));
+  return _mm512_permutexvar_epi16(codes, table.twice);
+}
+inline __attribute__((always_inline)) void store_halves(uint16_t* p, Halves v) { _mm512_storeu_si512(p, v); }
 
 inline __attribute__((always_inline)) F load_bf16(const uint16_t* p) {
   return (F)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16);
@@ -51,12 +70,9 @@ inline __attribute__((always_inline)) F round_fp16(F v) {
   return (F)_mm512_cvtph_ps(_mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 }
 
-// Around the caches; p is aligned to 64 bytes. A pair is two vectors of 16-bit values, one in each lane.
+// Around the caches; p is aligned to 64 bytes.
 inline __attribute__((always_inline)) void stream(float* p, F v) { _mm512_stream_ps(p, (__m512)v); }
-inline __attribute__((always_inline)) void stream_pair(uint16_t* p, I first, I second) {
-  const __m512i low = _mm512_castsi256_si512(_mm512_cvtepi32_epi16((__m512i)first));
-  _mm512_stream_si512((__m512i*)p, _mm512_inserti64x4(low, _mm512_cvtepi32_epi16((__m512i)second), 1));
-}
+inline __attribute__((always_inline)) void stream_halves(uint16_t* p, Halves v) { _mm512_stream_si512((__m512i*)p, v); }
 inline __attribute__((always_inline)) I fp16_bits(F v) {
   return (I)_mm512_cvtepu16_epi32(_mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 }

@@ -12,7 +12,6 @@ constexpr int kTileVectors = 2;
 typedef float F __attribute__((vector_size(16)));
 typedef int32_t I __attribute__((vector_size(16)));
 
-constexpr float kLevels[16] = {QLORA_NF4_LEVELS};
 constexpr float kMidpoints[15] = {QLORA_NF4_MIDPOINTS};
 
 inline float bits_to_float(uint32_t u) {
@@ -37,7 +36,37 @@ inline F fmadd(F a, F b, F c) { return a * b + c; }
 inline float sum(F v) { return (v[0] + v[2]) + (v[1] + v[3]); }
 
 inline I unpack_codes(const uint8_t* p) { return I{p[0] >> 4, p[0] & 15, p[1] >> 4, p[1] & 15}; }
-inline F levels(I c) { return F{kLevels[c[0]], kLevels[c[1]], kLevels[c[2]], kLevels[c[3]]}; }
+// The 16 values of a block.
+struct Table {
+  F part[4];
+};
+inline F lookup(const Table& table, I codes) {
+  float values[16];
+  __builtin_memcpy(values, table.part, sizeof values);
+  return F{values[codes[0]], values[codes[1]], values[codes[2]], values[codes[3]]};
+}
+
+// The same for 16-bit values: 2 kWidth elements are decoded at a time.
+struct Halves {
+  uint16_t lane[2 * kWidth];
+};
+struct HalfTable {
+  uint16_t value[16];
+};
+inline HalfTable half_table(const I (&bits)[4]) {
+  HalfTable table;
+  for (int i = 0; i < 16; ++i) table.value[i] = (uint16_t)bits[i / kWidth][i % kWidth];
+  return table;
+}
+inline Halves lookup_halves(const HalfTable& table, const uint8_t* p) {
+  Halves v;
+  for (int i = 0; i < kWidth; ++i) {
+    v.lane[2 * i] = table.value[p[i] >> 4];
+    v.lane[2 * i + 1] = table.value[p[i] & 15];
+  }
+  return v;
+}
+inline void store_halves(uint16_t* p, const Halves& v) { __builtin_memcpy(p, v.lane, sizeof v.lane); }
 
 // IEEE 754 binary16. Rounding to it: nearest, ties to even, from the bits.
 inline float from_fp16(uint16_t h) {
@@ -78,12 +107,7 @@ inline F round_fp16(F v) {
 
 // There is no portable store around the caches; an ordinary one is right too.
 inline void stream(float* p, F v) { store(p, v); }
-inline void stream_pair(uint16_t* p, I first, I second) {
-  for (int i = 0; i < kWidth; ++i) {
-    p[i] = (uint16_t)first[i];
-    p[i + kWidth] = (uint16_t)second[i];
-  }
-}
+inline void stream_halves(uint16_t* p, const Halves& v) { store_halves(p, v); }
 inline I fp16_bits(F v) { return I{to_fp16(v[0]), to_fp16(v[1]), to_fp16(v[2]), to_fp16(v[3])}; }
 inline void stream_fence() {}
 

@@ -3,6 +3,7 @@
 QLORA_ENGINE_BACKEND=auto (default) | compiled (an error where the library is missing) | reference
 """
 
+import ctypes
 import functools
 import importlib.resources
 import json
@@ -58,6 +59,23 @@ def implementation(op: str, device_type: str) -> str:
         KeyError: for an operator or a device that does not exist.
     """
     return _implementations[op, device_type]
+
+
+def cpu_kernels() -> str | None:
+    """Which kernels serve the compiled CPU operators: "avx512bf16", "avx512", "avx2" or "baseline".
+
+    The fastest that the processor runs, unless the environment variable QLORA_ENGINE_CPU names another.
+
+    Returns:
+        None where the library is not in use, or where QLORA_ENGINE_CPU names kernels that cannot run here; operators
+        raise then.
+    """
+    if _library_error:
+        return None
+    name = ctypes.CDLL(str(library_path())).qlora_engine_cpu_kernels
+    name.restype = ctypes.c_char_p
+    found = name()
+    return found.decode() if found else None
 
 
 def _load_library() -> None:
