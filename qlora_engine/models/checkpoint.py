@@ -144,6 +144,7 @@ def load_quantized(
         )
     config = config or QLoRAConfig(r=0)
     model = _empty_model(folder, settings)
+    model.config._name_or_path = str(path_or_hub_id)  # an adapter's file names its base model by this
     if quantization:
         modules = _read_modules(folder, model, quantization)
         model.qlora_config = QLoRAConfig(r=0)  # what was saved in 16 bits stays so: see left_by_default
@@ -180,6 +181,7 @@ def _read_config(folder: Path) -> dict:
     for name, value, kind in (
         ("it", settings, dict),
         ("model_type", isinstance(settings, dict) and settings.get("model_type"), str),
+        ("architectures", isinstance(settings, dict) and (settings.get("architectures") or []), list),
         ("quantization_config", isinstance(settings, dict) and (settings.get("quantization_config") or {}), dict),
     ):
         if not isinstance(value, kind):
@@ -220,8 +222,11 @@ def _empty_model(folder: Path, settings: dict) -> nn.Module:
     """The model with its parameters on the meta device and its buffers, such as rotary frequencies, computed."""
     import transformers
     from accelerate import init_empty_weights
+    from huggingface_hub.errors import StrictDataclassError
 
+    names = [name for name in settings.get("architectures") or [] if isinstance(name, str)]
     settings = {key: value for key, value in settings.items() if key != "quantization_config"}
+    settings["architectures"] = names
     try:
         config = transformers.AutoConfig.for_model(**settings)
     except (KeyError, ValueError) as error:
@@ -229,8 +234,9 @@ def _empty_model(folder: Path, settings: dict) -> nn.Module:
             f"{folder / 'config.json'}: model_type {settings.get('model_type')!r} is not known to this transformers "
             f"({transformers.__version__}); update it, or name another model"
         ) from error
-    config._name_or_path = str(folder)
-    named = [getattr(transformers, str(name), None) for name in settings.get("architectures") or []]
+    except (StrictDataclassError, TypeError) as error:
+        raise ValueError(f"{folder / 'config.json'} is not a model's configuration: {error}") from error
+    named = [getattr(transformers, name, None) for name in names]
     kind = next((c for c in named if isinstance(c, type) and issubclass(c, transformers.PreTrainedModel)), None)
     with init_empty_weights(include_buffers=False):
         model = kind(config) if kind else transformers.AutoModelForCausalLM.from_config(config)
@@ -344,7 +350,7 @@ def _assign(model: nn.Module, name: str, tensor: torch.Tensor, device, dtype: to
     target = target if is_parameter else module._buffers[leaf]
     _check_shape(name, tensor, tuple(target.shape))
     is_scale = isinstance(module, NF4Linear) and leaf != "bias"
-    if is_scale and tensor.dtype != target.dtype:
+    if tensor.is_floating_point() != target.is_floating_point() or (is_scale and tensor.dtype != target.dtype):
         raise ValueError(f"{name} is {tensor.dtype}; expected {target.dtype}")
     if tensor.is_floating_point() and not is_scale:
         wanted = dtype or tensor.dtype

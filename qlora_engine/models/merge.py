@@ -172,10 +172,15 @@ def unmerge(model: nn.Module, report: MergeReport) -> nn.Module:
         report: what `merge` returned for it; it gives the layers back and cannot be used again.
 
     Raises:
-        ValueError: where the report has no layers (any more).
+        ValueError: where the report has no layers (any more), or is of another model, which is left as it is.
     """
     if not report.reversible:
         raise ValueError("this report holds no layers: merge with keep_original=True, and unmerge only once")
+    modules, parameters = dict(model.named_modules()), dict(model.named_parameters())
+    strange = [path for path in report._originals if path not in modules]
+    strange += [n for n, t in report._tensors.items() if n not in parameters or parameters[n].shape != t.shape]
+    if strange:
+        raise ValueError(f"this report is of another model: here, {strange[0]} is not what was merged")
     places = shared_places(model)
     for path, layer in report._originals.items():
         replace_module(model, path, layer, places)
@@ -261,8 +266,9 @@ def _merge_layer(path: str, layer: NF4Linear, names: tuple[str, ...], into: str)
     norm = float(weight.norm()) or 1.0
     kept = None
     if delta is not None:
-        square = float(delta.double().square().sum())
-        kept = float(((stored - weight).double() * delta.double()).sum()) / square if square else 1.0
+        square = float(torch.linalg.vector_norm(delta, dtype=torch.float64)) ** 2
+        share = (stored - weight).mul_(delta).sum(dtype=torch.float64)
+        kept = float(share) / square if square else 1.0
     delta_norm = float(delta.norm()) / norm if delta is not None else 0.0
     error = float((stored - merged).norm()) / norm
     return new, LayerMerge(path, delta_norm, kept, error, before, after)

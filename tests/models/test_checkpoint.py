@@ -235,6 +235,14 @@ BREAK = {
         lambda f: swap_in_tensor(f, NORM, torch.ones(63)),
         "model.norm.weight has shape [63]; the model expects [64]",
     ),
+    "whole numbers": (
+        lambda f: swap_in_tensor(f, NORM, torch.ones(64, dtype=torch.int32)),
+        "model.norm.weight is torch.int32; expected torch.float32",
+    ),
+    "architectures": (
+        lambda f: rewrite(f, lambda s: s.update(architectures=5)),
+        "architectures is 5; expected a list",
+    ),
     "weight shape": (
         lambda f: swap_in_tensor(f, "model.layers.0.mlp.up_proj.weight", torch.ones(96, 63)),
         "up_proj.weight has shape [96, 63]; the model expects [96, 64]",
@@ -311,6 +319,46 @@ def test_paths_that_are_not_there(folder):
         load_quantized(folder / "config.json")
     with pytest.raises(FileNotFoundError, match="could not be had from the hub"):
         load_quantized("nobody/no-such-model")
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A hub with one model, from which only the files are had that were asked for."""
+    import huggingface_hub
+    from huggingface_hub.utils import filter_repo_objects
+
+    remote, local = tmp_path / "remote", tmp_path / "local"
+    llama().save_pretrained(remote)
+
+    def download(name, *, allow_patterns, ignore_patterns):
+        files = [str(p.relative_to(remote)) for p in remote.rglob("*") if p.is_file()]
+        for file in filter_repo_objects(files, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns):
+            (local / file).parent.mkdir(parents=True, exist_ok=True)
+            (local / file).write_bytes((remote / file).read_bytes())
+        return str(local)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    return remote, local
+
+
+def test_from_the_hub(hub, tmp_path):
+    remote, local = hub
+    (remote / "original").mkdir()
+    for name in ("consolidated.safetensors", "original/model.safetensors", "pytorch_model.bin", "tokenizer.json"):
+        (remote / name).write_bytes(b"x")
+    model = load_quantized("someone/model", qe.QLoRAConfig(r=2), progress=False)
+    downloaded = {str(p.relative_to(local)) for p in local.rglob("*") if p.is_file()}
+    assert downloaded == {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json"}
+    qe.save_adapter(model, tmp_path / "adapter")
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == "someone/model"
+
+
+def test_a_hub_model_without_safetensors_is_explained(hub):
+    remote, _ = hub
+    (remote / "model.safetensors").rename(remote / "pytorch_model.bin")
+    with pytest.raises(ValueError, match=r"someone/model has no safetensors on the hub; .*reading a pickle"):
+        load_quantized("someone/model")
 
 
 def test_saving_what_cannot_be_saved(tmp_path):

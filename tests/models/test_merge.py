@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from qlora_engine.models.adapters import adapter_layers
 from tests.models.tiny import gpt2, llama, token_ids
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+ROOT = Path(__file__).parents[2]
 MAKERS = {"llama": llama, "gpt2": gpt2}
 
 
@@ -69,6 +71,18 @@ def test_without_the_originals_there_is_no_way_back():
     assert not report.reversible
     with pytest.raises(ValueError, match="keep_original=True"):
         qe.unmerge(model, report)
+
+
+def test_the_report_of_another_model_is_refused():
+    report = qe.merge(prepared())
+    larger = llama()
+    larger.resize_token_embeddings(130)
+    for other in (gpt2(), larger):
+        before = {n: t.clone() for n, t in other.state_dict().items()}
+        with pytest.raises(ValueError, match="this report is of another model: here, "):
+            qe.unmerge(other, report)
+        assert all(torch.equal(t, before[n]) for n, t in other.state_dict().items())
+    assert report.reversible
 
 
 def test_report_of_a_merge_into_nf4():
@@ -220,6 +234,31 @@ def test_merged_into_nf4_saves_and_loads(tmp_path):
     qe.save_merged(model, tmp_path)
     again = qe.load_quantized(tmp_path, progress=False)
     assert torch.equal(logits(again), logits(model))
+
+
+@pytest.mark.parametrize("into", ["bf16", "nf4"])
+def test_a_process_that_is_killed_while_saving_leaves_the_old_model(into, tmp_path):
+    """The process ends without any clean-up when all but the last byte of the weights are written."""
+    model = prepared()
+    qe.merge(model, into=into)
+    qe.save_merged(model, tmp_path / "merged")
+    before = {p.name: p.read_bytes() for p in (tmp_path / "merged").iterdir()}
+    script = (
+        "import os, safetensors.torch, transformers.modeling_utils\n"
+        "import qlora_engine as qe\n"
+        "from tests.models.test_merge import prepared\n"
+        "real = safetensors.torch.save_file\n"
+        "def killed(tensors, path, **options):\n"
+        "    real(tensors, path, **options)\n"
+        "    os.truncate(path, os.path.getsize(path) - 1)\n"
+        "    os.kill(os.getpid(), 9)\n"
+        "safetensors.torch.save_file = transformers.modeling_utils.safe_save_file = killed\n"
+        f"model = prepared(std=0.5)\nqe.merge(model, into={into!r})\n"
+        f"qe.save_merged(model, {str(tmp_path / 'merged')!r})\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == -9, done.stderr
+    assert {p.name: p.read_bytes() for p in (tmp_path / "merged").iterdir()} == before
 
 
 def test_saving_a_plain_module_is_refused(tmp_path):
