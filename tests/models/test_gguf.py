@@ -123,3 +123,14 @@ def test_what_is_not_gguf_is_refused(tmp_path):
     with pytest.raises(ValueError, match="does not begin with the letters GGUF"):
         convert_gguf(tmp_path, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_converting_into_the_files_own_folder_keeps_the_file(gguf_file, tmp_path):
+    own = tmp_path / "models"
+    own.mkdir()
+    (own / "m.gguf").write_bytes(gguf_file.read_bytes())
+    (own / "notes.md").write_text("mine")
+    convert_gguf(own / "m.gguf", own)
+    assert (own / "m.gguf").read_bytes() == gguf_file.read_bytes()
+    assert (own / "notes.md").read_text() == "mine"
+    assert (own / "model.safetensors").is_file()
