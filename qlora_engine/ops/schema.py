@@ -29,3 +29,14 @@ SCHEMAS = {
     # grad [..., N] @ W[N, K] -> [..., K], dtype of grad: the gradient of linear_nf4 with respect to x
     "linear_nf4_backward": f"(Tensor grad, {_WEIGHT}, int in_features) -> Tensor",
 }
+
+# Operators that change their arguments and return nothing that has a gradient. See ops/adamw.py.
+OPTIMIZER_SCHEMAS = {
+    "adamw_step": (
+        "(Tensor(a!)[] params, Tensor?[] grads, Tensor(b!) steps, Tensor(c!)[] memory, Tensor pages, int cold_pages, "
+        "Tensor(d!)[] table, Tensor? multiplier, Tensor? skip, float[] hyper, int[] groups, int[] layouts, int seed)"
+        " -> ()"
+    ),
+    # The L2 norm of all gradients together, float32 []; NaN or infinity where one of them holds such a number
+    "gradient_norm": "(Tensor?[] grads, Tensor pages, Tensor(a!)[] table) -> Tensor",
+}
