@@ -11,7 +11,8 @@ from pathlib import Path
 
 import torch
 
-from qlora_engine.ops.schema import NAMESPACE, SCHEMAS
+from qlora_engine.ops.schema import NAMESPACE, OPTIMIZER_SCHEMAS, SCHEMAS
+from qlora_engine.reference import adamw as _adamw
 from qlora_engine.reference import dequantize as _dequantize
 from qlora_engine.reference import linear as _linear
 from qlora_engine.reference import quantize as _quantize
@@ -24,6 +25,8 @@ _REFERENCE = {
     "dequantize_absmax": _dequantize.dequantize_absmax,
     "linear_nf4": _linear.linear_nf4,
     "linear_nf4_backward": _linear.linear_nf4_backward,
+    "adamw_step": _adamw.adamw_step,
+    "gradient_norm": _adamw.gradient_norm,
 }
 _DISPATCH_KEYS = {"cpu": "CPU", "cuda": "CUDA"}
 _implementations: dict[tuple[str, str], str] = {}
@@ -95,10 +98,11 @@ def reference_operator(name: str):
 
 
 def _register() -> None:
-    for name, schema in SCHEMAS.items():
+    schemas = {**SCHEMAS, **OPTIMIZER_SCHEMAS}
+    for name, schema in schemas.items():
         torch.library.define(f"{NAMESPACE}::{name}", schema)
     _load_library()
-    for name in SCHEMAS:
+    for name in schemas:
         qualified = f"{NAMESPACE}::{name}"
         for device, key in _DISPATCH_KEYS.items():
             compiled = torch._C._dispatch_has_kernel_for_dispatch_key(qualified, key)
