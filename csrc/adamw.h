@@ -86,7 +86,7 @@ QLORA_HOST_DEVICE void adamw_update(float& p, float g, float& m, float& v, const
   const float difference = add(g, -m);
   m = c.one_minus_beta1 < 0.5f ? fused(c.one_minus_beta1, difference, m)
                                : fused(-difference, 1.0f - c.one_minus_beta1, g);
-  v = add(multiply(v, c.beta2), multiply(multiply(c.one_minus_beta2, g), g));
+  v = fused(multiply(c.one_minus_beta2, g), g, multiply(v, c.beta2));
   const float denominator = add(divide(root(v), c.bias_correction2_sqrt), c.eps);
   p = add(p, divide(multiply(c.negative_step_size, m), denominator));
 }
