@@ -9,13 +9,9 @@
 #include <limits>
 #include <vector>
 
-#include "operators.h"
-
-// Separate roundings (see adamw.h). Said before the formulas are included: only functions with the same options are
-// inlined into each other.
-#pragma GCC optimize("fp-contract=off", "no-trapping-math")
 #include "adamw_checks.h"
 #include "dynamic_code.h"
+#include "operators.h"
 
 #if defined(__x86_64__) && !defined(__clang__)
 #define QLORA_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
