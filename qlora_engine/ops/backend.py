@@ -14,6 +14,7 @@ import torch
 from qlora_engine.ops.schema import NAMESPACE, OPTIMIZER_SCHEMAS, SCHEMAS
 from qlora_engine.reference import adamw as _adamw
 from qlora_engine.reference import dequantize as _dequantize
+from qlora_engine.reference import host_memory as _memory
 from qlora_engine.reference import linear as _linear
 from qlora_engine.reference import quantize as _quantize
 
@@ -27,6 +28,9 @@ _REFERENCE = {
     "linear_nf4_backward": _linear.linear_nf4_backward,
     "adamw_step": _adamw.adamw_step,
     "gradient_norm": _adamw.gradient_norm,
+    "concurrent_managed_access": _memory.concurrent_managed_access,
+    "host_slab": _memory.host_slab,
+    "copy_bytes": _memory.copy_bytes,
 }
 _DISPATCH_KEYS = {"cpu": "CPU", "cuda": "CUDA"}
 _implementations: dict[tuple[str, str], str] = {}

@@ -154,16 +154,40 @@ def adamw_step(
         raise RuntimeError(f"{op}: hyper has {len(hyper)} numbers; expected 6 for every group that groups names")
     for param, layout in zip(params, layouts, strict=True):
         if not 0 <= layout < 8 or (layout & 4 and param.dtype != torch.bfloat16):
-            raise RuntimeError(f"{op}: a layout is {layout} for {_name(param.dtype)}; expected 0 to 3, or to 7 for bfloat16")
+            raise RuntimeError(
+                f"{op}: a layout is {layout} for {_name(param.dtype)}; expected 0 to 3, or to 7 for bfloat16"
+            )
 
 
 def gradient_norm(grads, pages, table) -> None:
     check_gradients("gradient_norm", grads)
 
 
+def concurrent_managed_access(like) -> None:
+    """Any tensor will do."""
+
+
+def host_slab(like, size, managed) -> None:
+    if size <= 0:
+        raise RuntimeError(f"host_slab: bytes is {size}; expected a positive number")
+
+
+def copy_bytes(source, target) -> None:
+    for name, tensor in (("source", source), ("target", target)):
+        if tensor.dtype != torch.uint8 or not tensor.is_contiguous():
+            raise RuntimeError(f"copy_bytes: {name} is {_name(tensor.dtype)}; expected contiguous uint8")
+    if source.numel() != target.numel():
+        raise RuntimeError(
+            f"copy_bytes: source has {source.numel()} bytes, target {target.numel()}; expected as many"
+        )
+
+
 CHECKS = {
     "adamw_step": adamw_step,
     "gradient_norm": gradient_norm,
+    "concurrent_managed_access": concurrent_managed_access,
+    "host_slab": host_slab,
+    "copy_bytes": copy_bytes,
     "quantize_nf4": quantize_nf4,
     "dequantize_nf4": dequantize_nf4,
     "quantize_absmax": quantize_absmax,

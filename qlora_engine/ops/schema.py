@@ -39,4 +39,11 @@ OPTIMIZER_SCHEMAS = {
     ),
     # The L2 norm of all gradients together, float32 []; NaN or infinity where one of them holds such a number
     "gradient_norm": "(Tensor?[] grads, Tensor pages, Tensor(a!)[] table) -> Tensor",
+    # Whether the host and `like`'s device may use managed memory at the same time (concurrentManagedAccess)
+    "concurrent_managed_access": "(Tensor like) -> bool",
+    # uint8 [bytes] of zeroed host memory that kernels of `like`'s device read and write in place: managed memory that
+    # prefers the host, else pinned memory. It presents itself as a tensor of that device.
+    "host_slab": "(Tensor like, int bytes, bool managed) -> Tensor",
+    # Between any two of device memory, host slabs and ordinary memory; both uint8 of one size
+    "copy_bytes": "(Tensor source, Tensor(a!) target) -> ()",
 }
