@@ -1,37 +1,48 @@
-"""qlora_engine: fine-tune large language models on a frozen 4-bit base."""
+"""qlora_engine: fine-tune large language models on a frozen 4-bit base.
 
-from qlora_engine import functional
-from qlora_engine.models.adapter import load_adapter, save_adapter
-from qlora_engine.models.adapters import adapter_names, adapters_disabled, delete_adapter, set_adapters
-from qlora_engine.models.checkpoint import load_quantized, save_quantized
-from qlora_engine.models.config import QLoRAConfig, TargetError
-from qlora_engine.models.merge import MergeReport, merge, save_merged, unmerge
-from qlora_engine.models.prepare import prepare, quantize_model
-from qlora_engine.nn import NF4Linear, QLoRALinear
-from qlora_engine.quantization.weight import NF4Weight, quantize
+The public names are imported when they are first used, so that `qlora --help` need not wait for torch. Their use,
+or `import qlora_engine.ops`, registers the operators under `torch.ops.qlora_engine`.
+"""
+
+import importlib
 
 __version__ = "0.1.0"
 
-__all__ = [
-    "MergeReport",
-    "NF4Linear",
-    "NF4Weight",
-    "QLoRAConfig",
-    "QLoRALinear",
-    "TargetError",
-    "adapter_names",
-    "adapters_disabled",
-    "delete_adapter",
-    "functional",
-    "load_adapter",
-    "load_quantized",
-    "merge",
-    "prepare",
-    "quantize",
-    "quantize_model",
-    "save_adapter",
-    "save_merged",
-    "save_quantized",
-    "set_adapters",
-    "unmerge",
-]
+_HOMES = {
+    "MergeReport": "qlora_engine.models.merge",
+    "NF4Linear": "qlora_engine.nn",
+    "NF4Weight": "qlora_engine.quantization.weight",
+    "QLoRAConfig": "qlora_engine.models.config",
+    "QLoRALinear": "qlora_engine.nn",
+    "TargetError": "qlora_engine.models.config",
+    "adapter_names": "qlora_engine.models.adapters",
+    "adapters_disabled": "qlora_engine.models.adapters",
+    "delete_adapter": "qlora_engine.models.adapters",
+    "load_adapter": "qlora_engine.models.adapter",
+    "load_quantized": "qlora_engine.models.checkpoint",
+    "merge": "qlora_engine.models.merge",
+    "prepare": "qlora_engine.models.prepare",
+    "quantize": "qlora_engine.quantization.weight",
+    "quantize_model": "qlora_engine.models.prepare",
+    "save_adapter": "qlora_engine.models.adapter",
+    "save_merged": "qlora_engine.models.merge",
+    "save_quantized": "qlora_engine.models.checkpoint",
+    "set_adapters": "qlora_engine.models.adapters",
+    "unmerge": "qlora_engine.models.merge",
+}
+
+__all__ = sorted([*_HOMES, "functional"])
+
+
+def __getattr__(name: str):
+    if name == "functional":
+        return importlib.import_module("qlora_engine.functional")
+    if name not in _HOMES:
+        raise AttributeError(f"module 'qlora_engine' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -83,6 +83,18 @@ __device__ __forceinline__ float decode_scale(float level, float nested_absmax, 
   return __fadd_rn(multiply_ftz(level, nested_absmax), nested_offset);
 }
 
+// Calls fill(i) once for every i below kCount, from all threads of a block. The count of rounds is a constant: a plain
+// `for (i = threadIdx.x; i < kCount; i += kThreads)` is unrolled for any number of rounds, which put up to 30 stores
+// into a kernel that needs two: more code to fetch before the first result.
+template <int kCount, int kThreads, typename Fill>
+__device__ __forceinline__ void fill_by_block(Fill fill) {
+#pragma unroll
+  for (int round = 0; round < (kCount + kThreads - 1) / kThreads; ++round) {
+    const int i = round * kThreads + int(threadIdx.x);
+    if (kCount % kThreads == 0 || i < kCount) fill(i);
+  }
+}
+
 // The 16 levels in shared memory, once a lane: lane l reads only bank l, so a warp's 32 look-ups never conflict
 // whatever their codes. The table starts on a 2 KB boundary, so that the code can be put into the address by one
 // logical operation. The boundary is found at run time: __align__ counts from the start of the block's own shared
@@ -96,9 +108,10 @@ class LaneLevels {
         base_((shared_address(storage) + 2047u) & ~2047u),
         lane_base_(base_ + threadIdx.x % 32 * 4) {}
 
+  template <int kThreads>
   __device__ __forceinline__ void fill() const {
     float* table = reinterpret_cast<float*>(storage_ + (base_ - shared_address(storage_)));
-    for (int i = threadIdx.x; i < 512; i += blockDim.x) table[i] = kNf4Levels[i / 32];
+    fill_by_block<512, kThreads>([&](int i) { table[i] = kNf4Levels[i / 32]; });
   }
 
   // Level of element `kElement` of a packed word: the first element of a byte is its high nibble.

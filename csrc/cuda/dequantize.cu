@@ -104,9 +104,9 @@ __global__ void __launch_bounds__(kThreads, kResident)
   int64_t tile = int64_t(blockIdx.x) * (kThreads / 32) + threadIdx.x / 32;
   if (tile < tiles) load(tile);  // the first loads are under way while the tables are filled
   const LaneLevels levels(storage);
-  levels.fill();
+  levels.fill<kThreads>();
   if constexpr (kNested) {
-    for (int i = threadIdx.x; i < 256; i += kThreads) map[i] = __ldg(kDynamicMap + i);
+    fill_by_block<256, kThreads>([&](int i) { map[i] = __ldg(kDynamicMap + i); });
   }
   __syncthreads();
 

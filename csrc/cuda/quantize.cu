@@ -215,7 +215,7 @@ __global__ void __launch_bounds__(Tile<T, kBlocksize>::kThreads, Tile<T, kBlocks
 
   int64_t tile = int64_t(blockIdx.x) * (S::kThreads / 32) + threadIdx.x / 32;
   if (tile < tiles) load(tile);  // the first loads are under way while the table is filled
-  for (int i = threadIdx.x; i < 64 * kCopies; i += S::kThreads) buckets[i] = kBuckets.bucket[i / kCopies];
+  fill_by_block<64 * kCopies, S::kThreads>([&](int i) { buckets[i] = kBuckets.bucket[i / kCopies]; });
   __syncthreads();
   const uint32_t table = shared_address(buckets) + lane % kCopies * sizeof(Bucket);
 

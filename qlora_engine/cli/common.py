@@ -85,17 +85,20 @@ def load_for_use(args: argparse.Namespace):
     from qlora_engine.training.errors import as_usage_error, out_of_memory_as_usage_error
     from qlora_engine.training.source import resolve_model
 
+    blocksize, double_quant = getattr(args, "blocksize", 64), getattr(args, "double_quant", True)
+    with as_usage_error():
+        config = QLoRAConfig(r=0, blocksize=blocksize, double_quant=double_quant)
     device = choose_device(args.device)
     dtype = choose_dtype(args.dtype, device)
     folder = resolve_model(args.model)
-    blocksize, double_quant = getattr(args, "blocksize", 64), getattr(args, "double_quant", True)
     need = memory.estimate(folder, compute_bytes=dtype.itemsize, r=0, blocksize=blocksize, double_quant=double_quant)
     memory.check_memory(need, str(device))
-    config = QLoRAConfig(r=0, blocksize=blocksize, double_quant=double_quant)
     with as_usage_error(), out_of_memory_as_usage_error(f"The model needs {need}"):
         tokenizer = AutoTokenizer.from_pretrained(folder)
         adapter = getattr(args, "adapter", None)
-        model = load_quantized(folder, config, device=device, dtype=dtype, adapter=adapter)
+        model = load_quantized(
+            folder, config, device=device, dtype=dtype, adapter=adapter, progress=sys.stderr.isatty()
+        )
     return model.eval(), tokenizer
 
 

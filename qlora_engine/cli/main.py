@@ -35,7 +35,9 @@ def main(argv: list[str] | None = None) -> int:
     """Runs a command and returns its exit code: 0, 2 for the user's mistakes, 130 after an interruption."""
     args = build_parser().parse_args(argv)
     try:
-        return args.run(args) or 0
+        args.run(args)
+        sys.stdout.flush()  # here, where a closed pipe is understood, and not at exit
+        return 0
     except UsageError as error:
         if args.debug:
             raise

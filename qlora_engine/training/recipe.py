@@ -1,5 +1,6 @@
 """Turns the options into a model and a trainer: the part of a run that TRL and transformers do."""
 
+import sys
 import warnings
 from pathlib import Path
 
@@ -36,7 +37,7 @@ def load_model(options: FinetuneOptions, folder: Path, device: torch.device, dty
     set_seed(options.seed)  # the adapters' first values
     with as_usage_error():
         tokenizer = AutoTokenizer.from_pretrained(folder)
-        model = load_quantized(folder, config, device=device, dtype=dtype)
+        model = load_quantized(folder, config, device=device, dtype=dtype, progress=sys.stderr.isatty())
     head = model.get_output_embeddings()
     if isinstance(head, NF4Linear):
         raise UsageError(

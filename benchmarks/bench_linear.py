@@ -1,0 +1,109 @@
+"""Products with an NF4 weight, y = x W^T and dX = dY W, beside a 16- or 32-bit weight and bitsandbytes.
+
+    python benchmarks/bench_linear.py --check
+    python benchmarks/bench_linear.py --device cpu
+
+Microseconds a call. "dense" is cuBLAS (or the CPU's BLAS) on a weight of the activations' dtype, which takes four to
+eight times the memory.
+"""
+
+import sys
+
+import harness
+import peers
+import torch
+import torch.nn.functional as F
+
+import qlora_engine as qe
+from qlora_engine import ops
+
+WEIGHTS = {
+    "cuda": [(4096, 4096), (14336, 4096), (4096, 14336)],
+    "cpu": [(4096, 4096), (1536, 576)],
+}
+ROWS = {"cuda": [1, 4, 16, 64, 128, 256, 512, 1024, 2048, 8192], "cpu": [1, 16, 128, 512]}
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+# relative RMS against float64 on the decoded weight
+BOUNDS = {"bf16": 6e-3, "fp16": 1e-3, "fp32": 2e-6}
+
+
+def relative_rms(actual, expected) -> float:
+    return float((actual.double() - expected).norm() / expected.norm())
+
+
+def measure(N, K, M, dtype_name, timer, device, check) -> dict:
+    """One row of the table."""
+    dtype = DTYPES[dtype_name]
+    weight = (torch.randn(N, K, device=device) / K**0.5).to(dtype)
+    w4 = qe.quantize(weight)
+    x = torch.randn(M, K, device=device, dtype=dtype)
+    grad = torch.randn(M, N, device=device, dtype=dtype)
+    row = {"case": f"{N}x{K} M={M} {dtype_name}", "N": N, "K": K, "M": M, "dtype": dtype_name}
+
+    def forward():
+        return ops.linear_nf4(x, *w4.arguments, N, None)
+
+    def backward():
+        return ops.linear_nf4_backward(grad, *w4.arguments, K)
+
+    if check:
+        decoded = w4.dequantize(dtype).double()
+        errors = relative_rms(forward(), x.double() @ decoded.T), relative_rms(backward(), grad.double() @ decoded)
+        row["error"], row["backward_error"] = errors
+        row["wrong"] = max(errors) > BOUNDS[dtype_name] * (1.5 if M <= 8 else 1)
+    row["ours_us"], row["dense_us"] = timer(forward), timer(lambda: F.linear(x, weight))
+    row["ours_over_dense"] = row["ours_us"] / row["dense_us"]
+    row["backward_us"], row["dense_backward_us"] = timer(backward), timer(lambda: grad @ weight)
+    row["backward_over_dense"] = row["backward_us"] / row["dense_backward_us"]
+    if peers.bitsandbytes_functional():
+        theirs = peers.BitsandbytesWeight(weight)
+        with torch.no_grad():
+            row["bitsandbytes_us"] = timer(lambda: theirs.linear(x))
+            row["bitsandbytes_backward_us"] = timer(lambda: theirs.backward(grad))
+        row["speedup"] = row["bitsandbytes_us"] / row["ours_us"]
+    if device == "cuda":
+        row["graph_us"] = timer.graph(forward)
+        scale_bytes = w4.nbytes
+        read = torch.empty(scale_bytes // 4, device=device)
+        row["read_us"] = timer(lambda: read.max())  # a kernel that reads as many bytes as the weight has
+    row["tflops"] = 2 * M * N * K / row["ours_us"] / 1e6
+    return row
+
+
+def main() -> int:
+    p = harness.parser(*__doc__.split("\n\n", 1))
+    p.add_argument("--dtype", choices=DTYPES, help="default: bf16 on a GPU, fp32 on a CPU")
+    args = p.parse_args()
+    device = args.device
+    harness.require_compiled(["linear_nf4", "linear_nf4_backward"], device)
+    timer = harness.Timer(device, args.quick)
+    dtype_name = args.dtype or ("bf16" if device == "cuda" else "fp32")
+    weights = WEIGHTS[device][:1] if args.quick else WEIGHTS[device]
+    cases = [(N, K, M) for N, K in weights for M in ROWS[device]]
+    rows = [measure(*case, dtype_name, timer, device, args.check) for case in cases]
+    columns = {"case": "NF4 linear", "ours_us": "us", "dense_us": "dense", "ours_over_dense": "ours/dense"}
+    columns |= {"bitsandbytes_us": "bnb", "speedup": "bnb/ours", "tflops": "TFLOP/s"}
+    if device == "cuda":
+        columns |= {"graph_us": "in a graph", "read_us": "reading W"}
+    columns |= {"backward_us": "dX us", "dense_backward_us": "dX dense", "backward_over_dense": "dX ours/dense"}
+    columns |= {"bitsandbytes_backward_us": "dX bnb"}
+    columns |= {"error": "error"} if args.check else {}
+    print(harness.environment(device))
+    print(harness.table(rows, columns))
+    name = args.out / f"bench_linear_{harness.slug(device)}"
+    harness.write_json(name.with_suffix(".json"), device, rows)
+    series = {"ours_us": "qlora_engine", "dense_us": f"dense {dtype_name}", "bitsandbytes_us": "bitsandbytes"}
+    for row in rows:
+        for key in series:
+            row[key + "_tflops"] = 2 * row["M"] * row["N"] * row["K"] / row[key] / 1e6 if key in row else None
+    series = {key + "_tflops": legend for key, legend in series.items()}
+    title = f"y = x W^T with W in NF4, {harness.environment(device)['device']}"
+    harness.bars(name.with_suffix(".png"), rows, "case", series, "TFLOP/s", title)
+    wrong = [row["case"] for row in rows if row.get("wrong")]
+    if wrong:
+        print(f"--check: error too large: {', '.join(wrong)}")
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,46 @@
+// Plain C names for the launch functions of csrc/cuda/kernels.h, over the emulation; and the little of the CUDA
+// runtime that they call: one device of two multiprocessors, so that blocks loop over their tiles.
+#include "cuda_on_cpu.h"
+#undef threadIdx
+#undef blockIdx
+#undef blockDim
+#undef gridDim
+#include "csrc/cuda/kernels.h"
+
+using namespace qlora_engine::cuda;
+
+extern "C" {
+
+cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
+cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) { return *value = 2, cudaSuccess; }
+cudaError_t cudaGetLastError() { return cudaSuccess; }
+
+void run_threads_in_falling_order(bool falling) { emulated::falling_order = falling; }
+
+int run_quantize_nf4(const void* weight, int dtype, int64_t numel, int64_t blocksize, uint8_t* packed,
+                     float* absmax) {
+  return quantize_nf4(weight, Dtype(dtype), numel, blocksize, packed, absmax, nullptr);
+}
+
+int run_quantize_absmax(const float* absmax, const float* offset, int64_t count, int64_t blocksize, uint8_t* codes,
+                        float* nested_absmax) {
+  return quantize_absmax(absmax, offset, count, blocksize, codes, nested_absmax, nullptr);
+}
+
+int run_dequantize_nf4(const Nf4Weight* weight, int dtype, void* out) {
+  return dequantize_nf4(*weight, Dtype(dtype), out, nullptr);
+}
+
+int run_dequantize_absmax(const uint8_t* codes, const float* nested_absmax, const float* nested_offset, int64_t count,
+                          int64_t blocksize, float* out) {
+  return dequantize_absmax(codes, nested_absmax, nested_offset, count, blocksize, out, nullptr);
+}
+
+// -1 where the kernel does not take this product
+int run_linear_nf4(const void* x, const Nf4Weight* weight, const void* bias, int dtype, void* y, int64_t M, int64_t N,
+                   int64_t K) {
+  if (!few_rows_fit(*weight, Dtype(dtype), x, M, N, K)) return -1;
+  return linear_nf4_few_rows(x, *weight, bias, Dtype(dtype), y, M, N, K, nullptr);
+}
+
+}  // extern "C"

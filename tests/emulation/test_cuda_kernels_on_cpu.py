@@ -1,0 +1,266 @@
+"""The CUDA kernels' own text, run on a CPU: what a machine without a GPU can say about them (see cuda_on_cpu.h)."""
+
+import ctypes
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+from qlora_engine import quantize
+from qlora_engine.ops import backend
+from qlora_engine.quantization.codebook import dynamic_map, midpoints, nf4_levels
+from tests.emulation.translate import translate, write_sources
+from tests.numerics import RELATIVE_RMS, assert_close
+
+HERE = Path(__file__).parent
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]  # in the order of csrc/cuda/kernels.h
+BLOCKSIZES = [32, 64, 128, 256, 512, 1024, 2048, 4096]
+SIZES = [1, 2, 31, 64, 65, 255, 1024, 1025, 4097, 33_333]
+SMALLEST_NORMAL = torch.finfo(torch.float32).tiny
+GUARD = 64
+
+
+def cuda_headers() -> Path | None:
+    """A folder with cuda_fp16.h."""
+    homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH")]
+    nvcc = shutil.which("nvcc")
+    homes += [Path(nvcc).resolve().parents[1] if nvcc else None, *sorted(Path("/usr/local").glob("cuda*"))]
+    includes = [Path(home) / "include" for home in homes if home]
+    return next((p for p in includes if (p / "cuda_fp16.h").exists()), None)
+
+
+HEADERS, COMPILER = cuda_headers(), shutil.which(os.environ.get("CXX", "g++"))
+needs_compiler = pytest.mark.skipif(not (HEADERS and COMPILER), reason="needs g++ and the CUDA toolkit's headers")
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("emulation")
+    sources = write_sources(folder)
+    library = folder / "kernels.so"
+    command = [COMPILER, "-std=c++20", "-O1", "-fPIC", "-shared", "-ffp-contract=off", "-Wno-attributes"]
+    command += ["-I", str(HERE), "-I", str(folder), "-isystem", str(HEADERS)]
+    command += [str(HERE / "entry.cpp"), *map(str, sources), "-o", str(library)]
+    subprocess.run(command, check=True)
+    return ctypes.CDLL(str(library))
+
+
+@pytest.fixture(params=[False, True], ids=["rising", "falling"])
+def kernels(request, compiled):
+    """The kernels, their threads running in rising or in falling order: a missing barrier shows in one of them."""
+    compiled.run_threads_in_falling_order(ctypes.c_bool(request.param))
+    return compiled
+
+
+class Weight(ctypes.Structure):
+    """Nf4Weight of csrc/cuda/kernels.h."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("packed", "absmax", "codes", "nested_absmax", "nested_offset")),
+        ("numel", ctypes.c_int64),
+        ("blocks", ctypes.c_int64),
+        ("log2_blocksize", ctypes.c_int),
+    )
+
+    def __init__(self, numel, packed, absmax, nested_absmax, nested_offset, blocksize):
+        nested = nested_absmax is not None
+        single, codes = (None, absmax) if nested else (absmax, None)
+        pointers = (pointer(t) for t in (packed, single, codes, nested_absmax, nested_offset))
+        super().__init__(*pointers, numel, absmax.numel(), blocksize.bit_length() - 1)
+
+
+def pointer(tensor):
+    return None if tensor is None else ctypes.c_void_p(tensor.data_ptr())
+
+
+def integer(value):
+    return ctypes.c_int64(value)
+
+
+class Output:
+    """A poisoned buffer between two guards."""
+
+    def __init__(self, numel, dtype):
+        bytes_ = numel * dtype.itemsize
+        self._all = torch.full((GUARD + bytes_ + GUARD,), 0xFF, dtype=torch.uint8)
+        self.tensor = self._all[GUARD : GUARD + bytes_].view(dtype)
+
+    def checked(self):
+        assert (self._all[:GUARD] == 0xFF).all(), "wrote before the buffer"
+        assert (self._all[-GUARD:] == 0xFF).all(), "wrote past the buffer"
+        return self.tensor
+
+
+def sample_weight(size, dtype):
+    weight = torch.randn(size) * torch.logspace(-4, 0, size)
+    weight[: size // 8] = 0
+    if size > 2000:
+        weight[size // 4 : size // 4 + 200] = 1e-41
+        weight[size // 2], weight[size // 2 + 1] = 40.0, -40.0
+        weight[size - 3], weight[size - 2000] = float("nan"), float("inf")
+    return weight.to(dtype)
+
+
+def shifted(tensor):
+    """The same numbers one element beyond an aligned address."""
+    longer = torch.empty(tensor.numel() + 1, dtype=tensor.dtype)
+    longer[1:] = tensor.reshape(-1)
+    return longer[1:]
+
+
+def unpack(packed, size):
+    return torch.stack([packed >> 4, packed & 15], dim=1).reshape(-1)[:size].long()
+
+
+def run_quantize(kernels, weight, blocksize):
+    size = weight.numel()
+    packed, absmax = Output(-(-size // 2), torch.uint8), Output(-(-size // blocksize), torch.float32)
+    arguments = (pointer(packed.tensor), pointer(absmax.tensor))
+    dtype = DTYPES.index(weight.dtype)
+    assert kernels.run_quantize_nf4(pointer(weight), dtype, integer(size), integer(blocksize), *arguments) == 0
+    return packed.checked(), absmax.checked()
+
+
+def run_dequantize(kernels, numel, arguments, dtype):
+    out = Output(numel, dtype)
+    weight = Weight(numel, *arguments)
+    assert kernels.run_dequantize_nf4(ctypes.byref(weight), DTYPES.index(dtype), pointer(out.tensor)) == 0
+    return out.checked()
+
+
+def random_weight(numel, blocksize, double_quant):
+    """Any bytes are a valid weight."""
+    blocks = -(-numel // blocksize)
+    packed = torch.randint(0, 256, (-(-numel // 2),), dtype=torch.uint8)
+    if not double_quant:
+        return packed, torch.rand(blocks), None, None, blocksize
+    codes = torch.randint(0, 256, (blocks,), dtype=torch.uint8)
+    return packed, codes, torch.rand(-(-blocks // 256)), torch.tensor(0.5), blocksize
+
+
+@needs_compiler
+@pytest.mark.parametrize("blocksize", BLOCKSIZES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_quantize(kernels, dtype, blocksize):
+    thresholds = midpoints(torch.tensor(nf4_levels()))
+    for size in SIZES:
+        weight = sample_weight(size, dtype)
+        packed, absmax = run_quantize(kernels, weight, blocksize)
+        blocks = torch.nn.functional.pad(weight.float(), (0, -size % blocksize)).reshape(-1, blocksize)
+        blocks = torch.where(blocks.abs() < SMALLEST_NORMAL, 0.0, blocks)
+        expected = blocks.abs().nan_to_num(nan=0.0, posinf=float("inf")).amax(dim=1)
+        assert torch.equal(absmax, expected), size
+        scaled = (blocks * (1 / expected).unsqueeze(1)).reshape(-1)[: size + size % 2]
+        codes = torch.where(scaled.isnan(), 0, torch.bucketize(scaled, thresholds))
+        if codes.numel() < size + size % 2:  # what pads the last byte lies beyond the last block
+            codes = torch.cat([codes, codes.new_tensor([7 if expected[-1] else 0])])
+        assert torch.equal(unpack(packed, size + size % 2), codes), size
+        again = run_quantize(kernels, shifted(weight), blocksize)
+        assert torch.equal(packed, again[0]), size
+        assert torch.equal(absmax, again[1]), size
+
+
+@needs_compiler
+@pytest.mark.parametrize("blocksize", [32, 256, 4096])
+@pytest.mark.parametrize("count", [1, 255, 256, 257, 5000])
+def test_scales(kernels, count, blocksize):
+    absmax, offset = torch.rand(count), torch.tensor(0.5)
+    absmax[-2:] = 0.5  # at 257 and 1, a group without spread
+    codes, nested = Output(count, torch.uint8), Output(-(-count // blocksize), torch.float32)
+    sizes = (integer(count), integer(blocksize))
+    arguments = (pointer(codes.tensor), pointer(nested.tensor))
+    assert kernels.run_quantize_absmax(pointer(absmax), pointer(offset), *sizes, *arguments) == 0
+    codes, nested = codes.checked(), nested.checked()
+
+    centred = absmax - offset
+    blocks = torch.nn.functional.pad(centred, (0, -count % blocksize)).reshape(-1, blocksize)
+    assert torch.equal(nested, blocks.abs().amax(dim=1))
+    levels = torch.tensor(dynamic_map())
+    scaled = centred / nested.repeat_interleave(blocksize)[:count]
+    chosen = (levels[codes.long()] - scaled).abs()
+    best = (levels - scaled.unsqueeze(1)).abs().amin(dim=1)
+    # the search that defines the format cannot reach every entry of the map
+    assert ((chosen - best)[scaled.isfinite()] < 5e-3).all()
+    assert not codes[scaled.isnan()].any()
+
+    decoded = Output(count, torch.float32)
+    arguments = (pointer(codes), pointer(nested), pointer(offset), *sizes, pointer(decoded.tensor))
+    assert kernels.run_dequantize_absmax(*arguments) == 0
+    expected = backend.reference_operator("dequantize_absmax")(codes, nested, offset, blocksize)
+    assert torch.equal(decoded.checked(), expected)
+
+
+@needs_compiler
+@pytest.mark.parametrize("double_quant", [True, False])
+@pytest.mark.parametrize("blocksize", BLOCKSIZES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_dequantize(kernels, dtype, blocksize, double_quant):
+    for size in SIZES:
+        packed, *scales = random_weight(size, blocksize, double_quant)
+        expected = backend.reference_operator("dequantize_nf4")(packed, *scales, [size], dtype)
+        assert torch.equal(run_dequantize(kernels, size, (packed, *scales), dtype), expected), size
+        assert torch.equal(run_dequantize(kernels, size, (shifted(packed), *scales), dtype), expected), size
+
+
+@needs_compiler
+@pytest.mark.slow
+def test_dequantize_where_every_block_takes_one_tile(compiled):
+    size = 2**25 + 13  # from 2**25 on
+    arguments = random_weight(size, 64, True)
+    expected = backend.reference_operator("dequantize_nf4")(*arguments, [size], torch.bfloat16)
+    assert torch.equal(run_dequantize(compiled, size, arguments, torch.bfloat16), expected)
+
+
+@needs_compiler
+@pytest.mark.parametrize("double_quant", [True, False])
+@pytest.mark.parametrize(
+    ("M", "N", "K", "blocksize"),
+    [
+        (1, 50, 64, 64),
+        (2, 15, 128, 64),
+        (3, 33, 192, 64),
+        (5, 16, 1088, 64),
+        (8, 100, 2048, 64),
+        (7, 21, 4096, 128),
+        (8, 20, 4096, 1024),
+        (4, 17, 8192, 4096),
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_few_rows(kernels, dtype, M, N, K, blocksize, double_quant):
+    arguments = quantize(torch.randn(N, K), blocksize, double_quant).arguments
+    x, bias = torch.randn(M, K).to(dtype), torch.randn(N).to(dtype)
+    weight = backend.reference_operator("dequantize_nf4")(*arguments, [N, K], torch.float32).double()
+    for b in (None, bias):
+        y = Output(M * N, dtype)
+        sizes = (integer(M), integer(N), integer(K))
+        operands = (pointer(x), ctypes.byref(Weight(N * K, *arguments)), pointer(b))
+        assert kernels.run_linear_nf4(*operands, DTYPES.index(dtype), pointer(y.tensor), *sizes) == 0
+        expected = x.double() @ weight.T + (0 if b is None else b.double())
+        assert_close("y", y.checked().view(M, N), expected, RELATIVE_RMS[dtype])
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    ("dtype", "M", "K", "blocksize"),
+    [
+        (torch.float32, 1, 128, 64),
+        (torch.float16, 9, 128, 64),
+        (torch.float16, 1, 96, 64),
+        (torch.float16, 1, 64, 32),
+    ],
+)
+def test_products_that_few_rows_leaves_to_others(compiled, dtype, M, K, blocksize):
+    arguments = random_weight(16 * K, blocksize, False)
+    x, y = torch.randn(M, K).to(dtype), Output(M * 16, dtype)
+    operands = (pointer(x), ctypes.byref(Weight(16 * K, *arguments)), None)
+    sizes = (integer(M), integer(16), integer(K))
+    assert compiled.run_linear_nf4(*operands, DTYPES.index(dtype), pointer(y.tensor), *sizes) == -1
+
+
+def test_unknown_instructions_stop_the_translation():
+    with pytest.raises(NotImplementedError, match=r"does not know the PTX instruction cp\.async\.wait_all"):
+        translate('asm volatile("cp.async.wait_all ;");\n')
