@@ -4,7 +4,9 @@
 //   p <- p (1 - lr wd)          m <- lerp(m, g, 1 - beta1)          v <- beta2 v + (1 - beta2) g g
 //   p <- p - lr / (1 - beta1^t) * m / (sqrt(v) / sqrt(1 - beta2^t) + eps)
 //
-// Every operation is rounded on its own, and fused where torch fuses, so that the devices agree.
+// Which operations are fused is fixed here, so that the moments are the same bits on every device. The parameter may
+// differ in its last bit: on a GPU the step m / (...) comes from approximate instructions (relative error below 2^-21),
+// because the exact ones branch to subroutines and cost the registers of a third of the threads.
 //
 // State lies in pages. A page belongs to one parameter and holds at most kPageElements of it:
 //   32 bits   exp_avg [n], exp_avg_sq [n]                                     float32
@@ -44,7 +46,7 @@ struct AdamWPage {
 struct AdamWConstants {
   float decay;  // 1 - lr * weight_decay
   float one_minus_beta1, beta2, one_minus_beta2;
-  float bias_correction2_sqrt, eps;
+  float inverse_bias_correction2_sqrt, eps;
   float negative_step_size;   // -lr / (1 - beta1^t)
   float gradient_multiplier;  // sign, and what scaling and clipping ask for
 };
@@ -56,7 +58,7 @@ QLORA_HOST_DEVICE AdamWConstants adamw_constants(const double* hyper, double ste
   c.one_minus_beta1 = float(1.0 - beta1);
   c.beta2 = float(beta2);
   c.one_minus_beta2 = float(1.0 - beta2);
-  c.bias_correction2_sqrt = float(sqrt(1.0 - pow(beta2, step)));
+  c.inverse_bias_correction2_sqrt = float(1.0 / sqrt(1.0 - pow(beta2, step)));
   c.eps = float(hyper[3]);
   c.negative_step_size = float(-(lr / (1.0 - pow(beta1, step))));
   c.gradient_multiplier = float(hyper[5]) * multiplier;
@@ -69,26 +71,34 @@ __device__ __forceinline__ float multiply(float a, float b) { return __fmul_rn(a
 __device__ __forceinline__ float add(float a, float b) { return __fadd_rn(a, b); }
 __device__ __forceinline__ float divide(float a, float b) { return __fdiv_rn(a, b); }
 __device__ __forceinline__ float fused(float a, float b, float c) { return __fmaf_rn(a, b, c); }
-__device__ __forceinline__ float root(float a) { return __fsqrt_rn(a); }
 #else  // the host is compiled with -ffp-contract=off
 inline float multiply(float a, float b) { return a * b; }
 inline float add(float a, float b) { return a + b; }
 inline float divide(float a, float b) { return a / b; }
 inline float fused(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
-inline float root(float a) { return __builtin_sqrtf(a); }
 #endif
 }  // namespace rounded
+
+#ifdef __CUDA_ARCH__
+__device__ __forceinline__ float root(float a) {
+  float r;
+  asm("sqrt.approx.f32 %0, %1;" : "=f"(r) : "f"(a));
+  return r;
+}
+__device__ __forceinline__ float quotient(float a, float b) { return __fdividef(a, b); }
+#else
+inline float root(float a) { return __builtin_sqrtf(a); }
+inline float quotient(float a, float b) { return a / b; }
+#endif
 
 // One element: p, exp_avg m and exp_avg_sq v change; g is the gradient times its multiplier.
 QLORA_HOST_DEVICE void adamw_update(float& p, float g, float& m, float& v, const AdamWConstants& c) {
   using namespace rounded;
   p = multiply(p, c.decay);
-  const float difference = add(g, -m);
-  m = c.one_minus_beta1 < 0.5f ? fused(c.one_minus_beta1, difference, m)
-                               : fused(-difference, 1.0f - c.one_minus_beta1, g);
+  m = fused(c.one_minus_beta1, add(g, -m), m);
   v = fused(multiply(c.one_minus_beta2, g), g, multiply(v, c.beta2));
-  const float denominator = add(divide(root(v), c.bias_correction2_sqrt), c.eps);
-  p = add(p, divide(multiply(c.negative_step_size, m), denominator));
+  const float denominator = fused(root(v), c.inverse_bias_correction2_sqrt, c.eps);
+  p = add(p, quotient(multiply(c.negative_step_size, m), denominator));
 }
 
 // 16 random bits of an element of a parameter at a step: the finalizer of MurmurHash3 (Appleby, public domain) over

@@ -92,11 +92,12 @@ inline constexpr DynamicTables kDynamicTables = {{QLORA_DYNAMIC_MAP},
                                                 DynamicSearch<kMagnitudes>(kSignedMap + kSignedZero),
                                                 DynamicSearch<256>(kUnsignedMap)};
 
-// Number of midpoints below x, 0 <= x <= 1 (a little more than 1 counts as 1); `bits` are those of x.
+// Number of midpoints below x, 0 <= x <= 1; `bits` are those of x. More than 1 counts as 1, and NaN too.
 template <int kLevels>
 QLORA_HOST_DEVICE int nearest_level(const DynamicSearch<kLevels>& search, float x, uint32_t bits) {
+  constexpr uint32_t kLastCell = kFirstCell + kCells - 1;
   const uint32_t cell = bits >> 16;
-  const int lower = search.cells[cell < kFirstCell ? 0 : cell - kFirstCell];
+  const int lower = search.cells[(cell < kFirstCell ? kFirstCell : cell > kLastCell ? kLastCell : cell) - kFirstCell];
   return lower + (x > search.midpoints[lower] ? 1 : 0);
 }
 

@@ -1,4 +1,4 @@
-"""`adamw_step`: one AdamW step of many parameters on paged state. `gradient_norm`: the norm of all their gradients."""
+"""`adamw_step`: one AdamW step of many parameters on paged state. `gradient_norm`: of all their gradients."""
 
 from collections.abc import Sequence
 
@@ -60,10 +60,10 @@ def launch_table(params: int, groups: int, slabs: int, device: torch.device) -> 
     """
     if device.type != "cuda":
         return []
-    size = 48 * groups + 32 * params + 8 * slabs
-    host = torch.zeros(size, dtype=torch.uint8)
-    # behind the copy: the constants of each parameter, and the partial sums of the norm
-    return [host, torch.zeros(size + 48 * params + 8 * 4096 + 64, dtype=torch.uint8, device=device)]
+    # csrc/cuda/adamw_kernels.h: AdamWTable
+    uploaded = 48 * groups + 32 * params + 16 * -(-slabs // 2)
+    host = torch.zeros(uploaded, dtype=torch.uint8)
+    return [host, torch.zeros(uploaded + 48 * params + 8 * 4096, dtype=torch.uint8, device=device)]
 
 
 def adamw_step(
