@@ -36,6 +36,11 @@ def check_backend(backend: str, budget: int | None, device: torch.device) -> Non
         raise ValueError(
             f"backend='device' keeps all state on the device, but device_budget={budget} bounds it; give one of them"
         )
+    if backend == "managed" and not host_memory.concurrent_managed_access(device):
+        raise ValueError(
+            f"backend='managed' needs a device that shares managed memory with the host while it works; {device} "
+            "does not (concurrentManagedAccess is 0): use backend='pinned', or 'auto'"
+        )
 
 
 class Arena:

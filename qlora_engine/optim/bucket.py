@@ -33,8 +33,8 @@ class Bucket:
         self.members: list[Member] = []
         self.arena = Arena(device, budget, backend)
         self.steps = torch.zeros(0, device=device)
-        self._table: list[torch.Tensor] = []
-        self._table_key: tuple[int, int, int] | None = None
+        # what the launches read; one for each operator, so that neither rewrites the other's
+        self._tables: dict[str, tuple[tuple[int, int, int], list[torch.Tensor]]] = {}
 
     def extend(self, members: Sequence[Member]) -> None:
         """Adds parameters with zeroed state, and their master copies."""
@@ -55,9 +55,7 @@ class Bucket:
                 found.append(None)
                 continue
             if grad.is_sparse:
-                raise RuntimeError(
-                    "PagedAdamW does not support sparse gradients; use torch.optim.SparseAdam for them"
-                )
+                raise RuntimeError("a gradient is sparse; use torch.optim.SparseAdam for its parameter")
             if grad.dtype != param.dtype:
                 raise RuntimeError(
                     f"a gradient is {grad.dtype}, its parameter {param.dtype}; expected one dtype for both"
@@ -67,7 +65,7 @@ class Bucket:
 
     def norm(self, grads: Sequence[torch.Tensor | None]) -> torch.Tensor:
         """The L2 norm of all gradients, float32 []."""
-        return ops.gradient_norm(grads, self.arena.page_table, self._launch_table(1))
+        return ops.gradient_norm(grads, self.arena.page_table, self._launch_table("gradient_norm", 0, 0))
 
     def step(
         self,
@@ -85,7 +83,7 @@ class Bucket:
             self.arena.slabs,
             self.arena.page_table,
             self.arena.cold_pages,
-            self._launch_table(len(hyper) // ops.HYPERPARAMETERS),
+            self._launch_table("adamw_step", len(hyper) // ops.HYPERPARAMETERS, len(self.arena.slabs)),
             hyper,
             [m.group for m in self.members],
             [m.layout for m in self.members],
@@ -94,12 +92,11 @@ class Bucket:
             seed,
         )
 
-    def _launch_table(self, groups: int) -> list[torch.Tensor]:
-        size = (len(self.members), groups, len(self.arena.slabs))
-        if self._table_key is None or any(have < want for have, want in zip(self._table_key, size, strict=True)):
-            self._table = ops.launch_table(*size, self.device)
-            self._table_key = size
-        return self._table
+    def _launch_table(self, operator: str, groups: int, slabs: int) -> list[torch.Tensor]:
+        size = (len(self.members), groups, slabs)
+        if operator not in self._tables or self._tables[operator][0] != size:
+            self._tables[operator] = (size, ops.launch_table(*size, self.device))
+        return self._tables[operator][1]
 
     def export(self, decode: bool) -> list[dict[str, torch.Tensor]]:
         """The state of every parameter in CPU memory, shaped like the parameter.
@@ -189,6 +186,6 @@ def _flat(values: torch.Tensor, param: torch.Tensor) -> torch.Tensor:
 def _check_numel(name: str, values: torch.Tensor, param: torch.Tensor) -> None:
     if values.numel() != param.numel():
         raise ValueError(
-            f"the saved {name} has {values.numel()} elements, its parameter {tuple(param.shape)} has {param.numel()}; "
-            "load a checkpoint of the same parameters in the same order"
+            f"the saved {name} has {values.numel()} elements, its parameter of shape {tuple(param.shape)} "
+            f"{param.numel()}; load a checkpoint of the same parameters in the same order"
         )

@@ -20,9 +20,10 @@ class PagedAdamW(torch.optim.Optimizer):
     """AdamW with paged state; a drop-in for torch.optim.AdamW.
 
     Loshchilov & Hutter 2019, "Decoupled weight decay regularization", algorithm 2, in the order of torch's own
-    operations. The moments of all parameters lie in pages: those within `device_budget` on the GPU, the others in host
-    memory that the kernel streams across the bus in place, so that no step waits for memory to migrate (the paged
-    optimizer of Dettmers et al. 2023, "QLoRA", section 3, without its page faults). One launch updates everything.
+    operations. The moments of all parameters lie in pages: those within `device_budget` on the GPU, the others in
+    host memory that the kernel streams across the bus in place, so that no step waits for memory to migrate (the
+    paged optimizer of Dettmers et al. 2023, "QLoRA", section 3, without its page faults). One launch updates
+    everything.
 
     Args:
         params: parameters or groups of them; float32, float16 or bfloat16. A group may set lr, betas, eps,
@@ -235,8 +236,8 @@ class PagedAdamW(torch.optim.Optimizer):
         bad = (~torch.isfinite(norm)).float()
         if self._nonfinite == "raise" and bool(bad):
             raise FloatingPointError(
-                f"the norm of the gradients is {norm.item()}; the step was not made. Lower the learning rate, clip with "
-                "max_grad_norm, or pass nonfinite='skip'"
+                f"the norm of the gradients is {norm.item()}; the step was not made. Lower the learning rate, clip "
+                "with max_grad_norm, or pass nonfinite='skip'"
             )
         if self._nonfinite == "skip":
             skip = bad if skip is None else torch.maximum(bad, skip.to(bad.device))
@@ -300,7 +301,7 @@ class PagedAdamW(torch.optim.Optimizer):
         self.state.clear()
 
     def state_dict(self) -> dict[str, Any]:
-        """torch.optim.AdamW's form, in CPU memory; it loads there, and at any budget, backend and number of bits here.
+        """torch.optim.AdamW's form, in CPU memory; loads there, and here at any budget, backend and number of bits.
 
         8-bit state is saved as it is, in keys of its own (exp_avg_codes, exp_avg_absmax, ...), so that a run resumes
         exactly; `torch_state_dict` gives it in torch's form. Master copies are a key that torch ignores.
