@@ -326,16 +326,15 @@ __device__ __forceinline__ float squares(const T* grad, int64_t begin, int64_t e
   return sum;
 }
 
-// The sum of a block's values, in thread 0.
+// The sum of a block's values, in thread 0, in a fixed order.
 __device__ __forceinline__ double block_sum(double value) {
-  __shared__ double warps[kWarps];
-#pragma unroll
-  for (int offset = 16; offset > 0; offset /= 2) value += __shfl_xor_sync(kWholeWarp, value, offset);
-  if (threadIdx.x % 32 == 0) warps[threadIdx.x / 32] = value;
-  __syncthreads();
-  double sum = 0;
-  for (int w = 0; w < kWarps; ++w) sum += warps[w];
-  return sum;
+  __shared__ double sums[kThreads];
+  sums[threadIdx.x] = value;
+  for (int half = kThreads / 2; half > 0; half /= 2) {
+    __syncthreads();
+    if (threadIdx.x < half) sums[threadIdx.x] += sums[threadIdx.x + half];
+  }
+  return sums[0];
 }
 
 // Block b takes pieces b, b + grid, ... of every tensor, counted through, so that the order of the sum is fixed.
