@@ -28,7 +28,7 @@ help:
 	@echo 'ARGS=...     test: arguments of pytest      QLORA_ENGINE_BUILD_CUDA=auto|1|0, MAX_JOBS, CUDA_HOME: as in setup.py'
 
 demo: $(if $(filter none,$(VENV)),,$(DEMO_VENV)/.demo-ready)
-	$(call python_of,$(DEMO_VENV)) demo/run.py --steps $(STEPS) --eval-rows $(EVAL_ROWS)
+	PYTHONPATH=$(CURDIR):$$PYTHONPATH $(call python_of,$(DEMO_VENV)) demo/run.py --steps $(STEPS) --eval-rows $(EVAL_ROWS)
 
 test: $(if $(filter none,$(VENV)),,$(TEST_VENV)/.test-ready)
 	$(call python_of,$(TEST_VENV)) -m pytest $(ARGS)

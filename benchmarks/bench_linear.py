@@ -70,6 +70,42 @@ def measure(N, K, M, dtype_name, timer, device, check) -> dict:
     return row
 
 
+def picture(path, rows, dtype_name, where) -> None:
+    """Microseconds over the rows of x, a panel for each weight and direction."""
+    series = {
+        "y = x W^T": {
+            "ours_us": "qlora_engine",
+            "dense_us": f"dense {dtype_name}",
+            "bitsandbytes_us": "bitsandbytes",
+        },
+        "dX = dY W": {
+            "backward_us": "qlora_engine",
+            "dense_backward_us": f"dense {dtype_name}",
+            "bitsandbytes_backward_us": "bitsandbytes",
+        },
+    }
+    weights = list(dict.fromkeys((row["N"], row["K"]) for row in rows))
+
+    def draw(plt):
+        fig, axes = plt.subplots(2, len(weights), figsize=(4.2 * len(weights), 7), squeeze=False, sharex=True)
+        for across, (N, K) in enumerate(weights):
+            mine = [row for row in rows if (row["N"], row["K"]) == (N, K)]
+            for down, (product, lines) in enumerate(series.items()):
+                ax = axes[down][across]
+                for key, legend in lines.items():
+                    ax.loglog([r["M"] for r in mine], [r.get(key) for r in mine], marker="o", ms=3, label=legend)
+                ax.set_title(f"{product}, W {N}x{K}", fontsize=9)
+                ax.set_xlabel("rows M")
+                ax.set_ylabel("microseconds")
+                ax.grid(alpha=0.3, which="both")
+                ax.legend(fontsize=7)
+        fig.suptitle(f"Products with an NF4 weight, {where}")
+        fig.tight_layout()
+        return fig
+
+    harness.figure(path, draw)
+
+
 def main() -> int:
     p = harness.parser(*__doc__.split("\n\n", 1))
     p.add_argument("--dtype", choices=DTYPES, help="default: bf16 on a GPU, fp32 on a CPU")
@@ -92,13 +128,7 @@ def main() -> int:
     print(harness.table(rows, columns))
     name = args.out / f"bench_linear_{harness.slug(device)}"
     harness.write_json(name.with_suffix(".json"), device, rows)
-    series = {"ours_us": "qlora_engine", "dense_us": f"dense {dtype_name}", "bitsandbytes_us": "bitsandbytes"}
-    for row in rows:
-        for key in series:
-            row[key + "_tflops"] = 2 * row["M"] * row["N"] * row["K"] / row[key] / 1e6 if key in row else None
-    series = {key + "_tflops": legend for key, legend in series.items()}
-    title = f"y = x W^T with W in NF4, {harness.environment(device)['device']}"
-    harness.bars(name.with_suffix(".png"), rows, "case", series, "TFLOP/s", title)
+    picture(name.with_suffix(".png"), rows, dtype_name, harness.environment(device)["device"])
     wrong = [row["case"] for row in rows if row.get("wrong")]
     if wrong:
         print(f"--check: error too large: {', '.join(wrong)}")

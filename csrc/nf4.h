@@ -27,7 +27,16 @@ inline constexpr int64_t kMaxBlocksize = 4096;
       0.24611230194568634f, 0.33791524171829224f, 0.44070982933044434f, 0.5626170039176941f,          \
       0.7229568362236023f, 1.0f
 
-// Midpoints between neighbouring levels; a value belongs to the number of midpoints that lie below it.
+// Midpoints between neighbouring levels, (a + b) / 2 in float32; a value belongs to the number of midpoints that lie
+// below it. bitsandbytes' CPU backend computes these (backends/default/ops.py).
+#define QLORA_NF4_MIDPOINTS \
+  -0.8480964f, -0.6106329f, -0.45999527f, -0.33967942f, -0.2346074f, \
+      -0.13791174f, -0.045525018f, 0.03979015f, 0.12025525f, 0.20352125f, \
+      0.29201376f, 0.38931254f, 0.50166345f, 0.6427869f, 0.86147845f
+
+// The same midpoints as bitsandbytes' CUDA kernels write them (csrc/kernels.cu, dQuantizeNF4). Four of these numbers
+// (the first, ninth, thirteenth and last) lie just beside the middle of two float32 values: a compiler rounds them the
+// other way than the sum above, so that codes of exact ties differ between its CPU and its CUDA backend, and here.
 #define QLORA_NF4_THRESHOLDS                                                                               \
   -0.8480964004993439f, -0.6106329262256622f, -0.4599952697753906f, -0.33967943489551544f,                 \
       -0.23460740596055984f, -0.13791173323988914f, -0.045525018125772476f, 0.03979014977812767f,          \

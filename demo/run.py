@@ -49,6 +49,11 @@ def main() -> int:
     print("qlora", *command, flush=True)
     if code := qlora(command):
         return code
+    merge = ["merge", "--model", str(model_folder()), "--adapter", f"{args.output}/adapter"]
+    merge += ["--output", str(WORK / "merged"), "--into", "bf16"]
+    print("qlora", *merge, flush=True)
+    if code := qlora(merge):
+        return code
     print()
     print((Path(args.output) / "samples.md").read_text(encoding="utf-8"))
     return 0

@@ -40,7 +40,7 @@ def test_readme_names_what_exists():
     """Paths and commands that the README mentions are there."""
     text = (ROOT / "README.md").read_text()
     makefile = (ROOT / "Makefile").read_text()
-    for target in set(re.findall(r"make ([a-z]+)", text)):
+    for target in set(re.findall(r"(?:`|^)make ([a-z]+)", text, re.MULTILINE)):
         assert re.search(rf"^{target}:", makefile, re.MULTILINE), f"make {target}"
     for path in set(re.findall(r"(?:benchmarks|docs|demo|tests)/[\w./-]*\w", text)):
         assert (ROOT / path).exists(), path

@@ -17,6 +17,8 @@ constexpr int W = simd::kWidth;
 
 // A block of zeros is divided by this instead of by zero; bitsandbytes' number (backends/default/ops.py).
 constexpr float kSmallestAbsmax = 1e-38f;
+// Fills the half byte that an odd number of elements leaves; 0 / absmax would not do where absmax is NaN.
+constexpr uint8_t kCodeOfZero = 7;
 
 typedef uint32_t U __attribute__((vector_size(sizeof(F))));
 
@@ -126,7 +128,8 @@ inline void quantize_block(const void* weight, int64_t begin, int64_t end, float
   for (; i < end; i += W) {
     const int n = end - i < W ? (int)(end - i) : W;
     uint8_t bytes[W / 2];
-    simd::store_codes(bytes, simd::nearest_levels(load_some<E>(weight, i, n) / factor));  // a lane without element: 7
+    simd::store_codes(bytes, simd::nearest_levels(load_some<E>(weight, i, n) / factor));
+    if (n & 1) bytes[n / 2] = (uint8_t)((bytes[n / 2] & 0xf0) | kCodeOfZero);
     for (int j = 0; j < (n + 1) / 2; ++j) packed[i / 2 + j] = bytes[j];
   }
 }

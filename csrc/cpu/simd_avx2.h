@@ -73,9 +73,9 @@ inline __attribute__((always_inline)) I fp16_bits(F v) {
 }
 inline __attribute__((always_inline)) void stream_fence() { _mm_sfence(); }
 
-// Number of thresholds below x; 15 for NaN, as a sorted search gives.
+// Number of midpoints below x; 15 for NaN, as a sorted search gives.
 inline __attribute__((always_inline)) I nearest_levels(F x) {
-  const float t[15] = {QLORA_NF4_THRESHOLDS};
+  const float t[15] = {QLORA_NF4_MIDPOINTS};
   __m256i code = _mm256_setzero_si256();
 #pragma GCC unroll 15
   for (int i = 0; i < 15; ++i) {  // a true comparison is -1

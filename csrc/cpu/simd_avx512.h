@@ -62,10 +62,10 @@ inline __attribute__((always_inline)) I fp16_bits(F v) {
 }
 inline __attribute__((always_inline)) void stream_fence() { _mm_sfence(); }
 
-// Number of thresholds below x, by bisection; 15 for NaN, as a sorted search gives.
+// Number of midpoints below x, by bisection; 15 for NaN, as a sorted search gives.
 inline __attribute__((always_inline)) I nearest_levels(F x) {
   const __m512 v = (__m512)x;
-  const float t[15] = {QLORA_NF4_THRESHOLDS};
+  const float t[15] = {QLORA_NF4_MIDPOINTS};
   const __m512 fours = _mm512_setr_ps(t[3], 0, 0, 0, 0, 0, 0, 0, t[11], 0, 0, 0, 0, 0, 0, 0);
   const __m512 twos = _mm512_setr_ps(t[1], 0, 0, 0, t[5], 0, 0, 0, t[9], 0, 0, 0, t[13], 0, 0, 0);
   const __m512 ones = _mm512_setr_ps(t[0], 0, t[2], 0, t[4], 0, t[6], 0, t[8], 0, t[10], 0, t[12], 0, t[14], 0);

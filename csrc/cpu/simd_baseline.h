@@ -13,7 +13,7 @@ typedef float F __attribute__((vector_size(16)));
 typedef int32_t I __attribute__((vector_size(16)));
 
 constexpr float kLevels[16] = {QLORA_NF4_LEVELS};
-constexpr float kThresholds[15] = {QLORA_NF4_THRESHOLDS};
+constexpr float kMidpoints[15] = {QLORA_NF4_MIDPOINTS};
 
 inline float bits_to_float(uint32_t u) {
   float f;
@@ -87,10 +87,10 @@ inline void stream_pair(uint16_t* p, I first, I second) {
 inline I fp16_bits(F v) { return I{to_fp16(v[0]), to_fp16(v[1]), to_fp16(v[2]), to_fp16(v[3])}; }
 inline void stream_fence() {}
 
-// Number of thresholds below x; 15 for NaN, as a sorted search gives.
+// Number of midpoints below x; 15 for NaN, as a sorted search gives.
 inline I nearest_levels(F x) {
   I code = {0, 0, 0, 0};
-  for (int i = 0; i < 15; ++i) code += (broadcast(kThresholds[i]) >= x) + 1;  // a true comparison is -1
+  for (int i = 0; i < 15; ++i) code += (broadcast(kMidpoints[i]) >= x) + 1;  // a true comparison is -1
   return code;
 }
 inline void store_codes(uint8_t* p, I c) {

@@ -13,7 +13,7 @@ def add_parser(commands):
     """Describes the command."""
     parser = add_command(commands, "convert", "turn a GGUF file into a model folder", DESCRIPTION, EXAMPLE)
     parser.add_argument("source", help="a .gguf file, or a folder that holds one")
-    parser.add_argument("output", help="folder to write; replaced if it exists")
+    parser.add_argument("output", help="folder to write; older weights in it are replaced")
     parser.add_argument("--dtype", default="bf16", choices=("bf16", "fp16", "fp32"), help="dtype of the weights")
     return parser
 

@@ -15,7 +15,7 @@ def add_parser(commands):
     parser = add_command(commands, "quantize", "store a model in 4 bits", DESCRIPTION, EXAMPLE)
     add_model_flags(parser, adapter=False)
     add_quantization_flags(parser)
-    parser.add_argument("--output", required=True, help="folder to write; replaced if it exists")
+    parser.add_argument("--output", required=True, help="folder to write; older weights in it are replaced")
     # what is not quantized is stored in this dtype, and 16 bits are what models come in
     parser.set_defaults(dtype="bf16")
     return parser

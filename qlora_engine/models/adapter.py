@@ -1,7 +1,5 @@
 """Adapters as files, in PEFT's format: `adapter_config.json` and `adapter_model.safetensors`."""
 
-import collections
-import json
 import os
 import re
 from pathlib import Path
@@ -9,38 +7,21 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from qlora_engine.models.adapters import adapter_layers, adapter_names
+from qlora_engine.models.adapters import adapter_layers, adapter_names, set_adapters
+from qlora_engine.models.config import QLoRAConfig
 from qlora_engine.models.files import atomic_files
-from qlora_engine.models.prepare import adapter_layer
-from qlora_engine.models.targets import matches_any
-from qlora_engine.nn.nf4_linear import NF4Linear
-from qlora_engine.nn.qlora_linear import DEFAULT_ADAPTER, LoRASettings, QLoRALinear
-
-CONFIG_FILE, WEIGHTS_FILE, PICKLED_FILE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
-PREFIX = "base_model.model."
-TASKS = {
-    "ForCausalLM": "CAUSAL_LM",
-    "LMHeadModel": "CAUSAL_LM",
-    "ForConditionalGeneration": "SEQ_2_SEQ_LM",
-    "ForSequenceClassification": "SEQ_CLS",
-    "ForTokenClassification": "TOKEN_CLS",
-    "ForQuestionAnswering": "QUESTION_ANS",
-}
-# Features of PEFT's LoRA that change what an adapter computes and that a layer here does not compute.
-UNSUPPORTED = (
-    "use_dora",
-    "lora_bias",
-    "alora_invocation_tokens",
-    "trainable_token_indices",
-    "target_parameters",
-    "layer_replication",
-    "use_qalora",
-    "use_bdlora",
-    "arrow_config",
-    "kasa_config",
-    "monteclora_config",
-    "velora_config",
+from qlora_engine.models.peft_format import (
+    CONFIG_FILE,
+    PREFIX,
+    WEIGHTS_FILE,
+    read_adapter_config,
+    read_tensors,
+    settings_of,
+    write_adapter_config,
 )
+from qlora_engine.models.prepare import adapter_layer, own_parameters, remember_saved, saved_modules, shared_places
+from qlora_engine.nn.nf4_linear import NF4Linear
+from qlora_engine.nn.qlora_linear import DEFAULT_ADAPTER, QLoRALinear
 
 
 def save_adapter(
@@ -69,6 +50,7 @@ def save_adapter(
     """
     from safetensors.torch import save_file
 
+    model = getattr(model, "_orig_mod", model)  # the names of a compiled model have a prefix
     layers = {path: m for path, m in adapter_layers(model).items() if adapter_name in m.adapters}
     if not layers:
         raise KeyError(f"there is no adapter {adapter_name!r}; the model has {adapter_names(model) or 'none'}")
@@ -80,63 +62,21 @@ def save_adapter(
         for name, tensor in model.get_submodule(path).state_dict().items():
             tensors[f"{PREFIX}{path}.{name}"] = tensor
     tensors = {name: t.detach().to("cpu", copy=True).contiguous() for name, t in tensors.items()}
-    config = _peft_config(model, layers, adapter_name, base_model)
+    kind, config = type(model), getattr(model, "config", None)
     with atomic_files(directory) as folder:
         save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
-        (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+        write_adapter_config(
+            folder / CONFIG_FILE,
+            {path: layer.adapters[adapter_name] for path, layer in layers.items()},
+            module_paths=[path for path, _ in model.named_modules()],
+            modules_to_save=saved_modules(model),
+            fan_in_fan_out=all(layer.fan_in_fan_out for layer in layers.values()),
+            base_model=base_model or getattr(config, "_name_or_path", None) or None,
+            class_name=kind.__name__,
+            # PEFT must be told which class to wrap where there is no configuration that says so
+            auto_mapping=None if config else {"base_model_class": kind.__name__, "parent_library": kind.__module__},
+        )
     return Path(directory)
-
-
-def saved_modules(model: nn.Module) -> list[str]:
-    """Paths of the modules that are trained whole beside the adapters."""
-    config = getattr(model, "qlora_config", None)
-    patterns = config.modules_to_save if config else ()
-    return [path for path, _ in model.named_modules() if path and matches_any(patterns, path)]
-
-
-def _peft_config(model: nn.Module, layers: dict[str, QLoRALinear], name: str, base_model: str | None) -> dict:
-    settings = {path: layer.adapters[name] for path, layer in layers.items()}
-    r = _most_common(s.r for s in settings.values())
-    alpha = _most_common(s.alpha for s in settings.values())
-    dropout = _most_common(s.dropout for s in settings.values())
-    class_name = type(model).__name__
-    task = next((task for ending, task in TASKS.items() if class_name.endswith(ending)), None)
-    base = base_model or getattr(getattr(model, "config", None), "_name_or_path", None) or None
-    config = {
-        "peft_type": "LORA",
-        "task_type": task,
-        "base_model_name_or_path": base,
-        "revision": None,
-        "inference_mode": True,
-        "auto_mapping": None,
-        "r": r,
-        "lora_alpha": alpha,
-        "lora_dropout": dropout,
-        "target_modules": _target_modules(model, list(layers)),
-        "exclude_modules": None,
-        "modules_to_save": saved_modules(model) or None,
-        "bias": "none",
-        "fan_in_fan_out": all(layer.fan_in_fan_out for layer in layers.values()),
-        "use_rslora": next(iter(settings.values())).rslora,
-        "use_dora": False,
-        "init_lora_weights": True,
-        "rank_pattern": {path: s.r for path, s in settings.items() if s.r != r},
-        "alpha_pattern": {path: s.alpha for path, s in settings.items() if s.alpha != alpha},
-    }
-    if not hasattr(model, "config"):  # PEFT then needs to know which class to wrap
-        config["auto_mapping"] = {"base_model_class": class_name, "parent_library": type(model).__module__}
-    return config
-
-
-def _most_common(values):
-    return collections.Counter(values).most_common(1)[0][0]
-
-
-def _target_modules(model: nn.Module, paths: list[str]) -> list[str]:
-    """The layers' last names where those mean exactly these layers, as servers expect; else the whole paths."""
-    names = sorted({path.rsplit(".", 1)[-1] for path in paths})
-    meant = [path for path, _ in model.named_modules() if matches_any(names, path)]
-    return names if sorted(meant) == sorted(paths) else sorted(paths)
 
 
 def load_adapter(
@@ -145,17 +85,19 @@ def load_adapter(
     adapter_name: str = DEFAULT_ADAPTER,
     trainable: bool = True,
 ) -> nn.Module:
-    """Loads an adapter in PEFT's file format, and makes it the active one.
+    """Loads an adapter in PEFT's file format, and makes it the only active one.
 
     Every tensor is checked before the model is changed. An adapter of that name that is already there gets the new
-    values; its layers, ranks and settings must be the file's.
+    values; its layers, ranks and settings must be the file's. Modules that were trained whole (`modules_to_save` of
+    the file) are replaced in the model, whichever adapter is active, and are saved again by `save_adapter`; one
+    whose weight is tied to another module's gets a weight of its own, as in PEFT.
 
     Args:
         model: a model with 4-bit layers (`prepare`, `quantize_model` or `load_quantized`).
         directory: folder with `adapter_config.json` and `adapter_model.safetensors`. Nothing in it is executed:
             pickled weights are refused.
         adapter_name: name of the adapter in the model.
-        trainable: whether the adapter's parameters require gradients.
+        trainable: whether the parameters that were loaded require gradients.
 
     Returns:
         The same model.
@@ -166,81 +108,64 @@ def load_adapter(
     """
     directory = Path(directory)
     config = read_adapter_config(directory)
-    tensors = _read_tensors(directory)
-    pairs, others = _sort_tensors(model, tensors, directory)
-    settings = {path: _settings_of(config, path, A.shape[0], directory) for path, (A, B) in pairs.items()}
-    _check_fit(model, pairs, others, settings, adapter_name, directory)
+    target = getattr(model, "_orig_mod", model)
+    pairs, others = _sort_tensors(target, read_tensors(directory), directory)
+    settings = {path: settings_of(config, path, A.shape[0], directory) for path, (A, B) in pairs.items()}
+    saved = _find_saved(target, config.get("modules_to_save") or [], others)
+    _check_fit(target, pairs, others, saved, settings, adapter_name, directory)
+    places = shared_places(target)
     for path, (A, B) in pairs.items():
-        layer = adapter_layer(model, path)
+        layer = adapter_layer(target, path, places)
         s = settings[path]
         if adapter_name not in layer.adapters:
             layer.add_adapter(adapter_name, r=s.r, alpha=s.alpha, dropout=s.dropout, rslora=s.rslora)
-        with torch.no_grad():
-            layer.lora_A[adapter_name].copy_(A)
-            layer.lora_B[adapter_name].copy_(B)
-        layer.lora_A[adapter_name].requires_grad_(trainable)
-        layer.lora_B[adapter_name].requires_grad_(trainable)
-        layer.set_adapters(adapter_name)
-    own = dict(model.named_parameters()) | dict(model.named_buffers())
+        for held, tensor in ((layer.lora_A, A), (layer.lora_B, B)):
+            with torch.no_grad():
+                held[adapter_name].copy_(tensor)
+            held[adapter_name].requires_grad_(trainable)
+    set_adapters(target, adapter_name)
+    if not config.get("ensure_weight_tying"):
+        _untie_saved(target, saved, others)
+    own = _tensors_by_name(target)
     for name, tensor in others.items():
         with torch.no_grad():
             own[name].copy_(tensor)
+    for path in saved:
+        target.get_submodule(path).requires_grad_(trainable)
+    remember_saved(target, getattr(target, "qlora_config", None) or QLoRAConfig(r=0), saved)
     return model
 
 
-def read_adapter_config(directory: str | os.PathLike) -> dict:
-    """The configuration of a saved adapter, checked for what can be loaded here.
-
-    Raises:
-        FileNotFoundError, ValueError: as in `load_adapter`.
-    """
-    path = Path(directory) / CONFIG_FILE
-    if not path.is_file():
-        raise FileNotFoundError(f"{directory} is not an adapter: there is no {CONFIG_FILE} in it")
-    try:
-        config = json.loads(path.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not readable JSON: {error}") from error
-    if not isinstance(config, dict):
-        raise ValueError(f"{path} holds a {type(config).__name__}; expected an object of settings")
-    if config.get("peft_type") != "LORA":
-        raise ValueError(f"{path}: peft_type is {config.get('peft_type')!r}; only LORA can be loaded here")
-    asked = [field for field in UNSUPPORTED if config.get(field)]
-    if config.get("bias", "none") != "none":
-        asked.append("bias")
-    if asked:
-        raise ValueError(f"{path} asks for {', '.join(asked)}, which is not supported; load it in PEFT instead")
-    return config
+def _tensors_by_name(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Parameters and buffers; one that two modules share is there under both names."""
+    return dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
 
 
-def _read_tensors(directory: Path) -> dict[str, torch.Tensor]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    path = directory / WEIGHTS_FILE
-    if not path.is_file():
-        if (directory / PICKLED_FILE).exists():
-            raise ValueError(
-                f"{directory / PICKLED_FILE} is a pickle, which can run code when it is read; save the adapter as "
-                f"{WEIGHTS_FILE} (PEFT: save_pretrained(..., safe_serialization=True))"
-            )
-        raise FileNotFoundError(f"{directory} is not an adapter: there is no {WEIGHTS_FILE} in it")
-    try:
-        return load_file(path)
-    except SafetensorError as error:
-        raise ValueError(f"{path} cannot be read (damaged or cut short): {error}") from error
+def _untie_saved(model: nn.Module, saved: list[str], others: dict[str, torch.Tensor]) -> None:
+    """Gives the file's modules parameters of their own; those it has the same values for may go on sharing them."""
+    own = _tensors_by_name(model)
+    first: dict[int, torch.Tensor] = {}
+    alike = all(torch.equal(tensor, first.setdefault(id(own[name]), tensor)) for name, tensor in others.items())
+    for paths in [saved] if alike else [[path] for path in saved]:
+        own_parameters(model, paths)
 
 
 def _sort_tensors(model, tensors, directory):
     """The file's tensors as {path: (A, B)}, and the rest by its name in the model."""
     halves: dict[str, dict[str, torch.Tensor]] = {}
     others, unexpected = {}, []
-    own = set(model.state_dict())
+    packed = {path for path, m in model.named_modules() if isinstance(m, NF4Linear)}
+    own = {name for name in model.state_dict() if not _is_inside(name, packed)}
     for key, tensor in tensors.items():
         name = key.removeprefix(PREFIX)
         match = re.fullmatch(r"(.+)\.lora_([AB])\.weight", name)
         if match and key.startswith(PREFIX):
             halves.setdefault(match[1], {})[match[2]] = tensor
+        elif key.startswith(PREFIX) and name.rpartition(".")[0] in packed:
+            raise ValueError(
+                f"{directory} replaces {name.rpartition('.')[0]}, which is a 4-bit layer of this model; quantize "
+                "the model with this layer in modules_to_save or skip_modules, so that it stays in 16 bits"
+            )
         elif key.startswith(PREFIX) and name in own:
             others[name] = tensor
         else:
@@ -255,26 +180,19 @@ def _sort_tensors(model, tensors, directory):
     return {path: (half["A"], half["B"]) for path, half in halves.items()}, others
 
 
-def _settings_of(config: dict, path: str, rank: int, directory: Path) -> LoRASettings:
-    """An adapter layer's settings, by PEFT's rules for patterns."""
-
-    def of_pattern(patterns, default):
-        for pattern, value in (patterns or {}).items():
-            if re.match(rf"(.*\.)?({pattern})$", path):
-                return value
-        return default
-
-    expected = of_pattern(config.get("rank_pattern"), config.get("r"))
-    if expected != rank:
-        raise ValueError(f"{directory}: the configuration says rank {expected} for {path}; its lora_A has {rank}")
-    alpha = of_pattern(config.get("alpha_pattern"), config.get("lora_alpha", rank))
-    try:
-        return LoRASettings(rank, alpha, config.get("lora_dropout", 0.0), bool(config.get("use_rslora")))
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{directory / CONFIG_FILE}: {error}") from error
+def _is_inside(name: str, paths: set[str]) -> bool:
+    parts = name.split(".")
+    return any(".".join(parts[:n]) in paths for n in range(1, len(parts)))
 
 
-def _check_fit(model, pairs, others, settings, adapter_name, directory) -> None:
+def _find_saved(model: nn.Module, names: list[str], others: dict[str, torch.Tensor]) -> list[str]:
+    """Paths of the modules that the file has whole: PEFT's rule for names, and tensors in the file."""
+    endings = tuple(name for name in names if name)
+    paths = [path for path, _ in model.named_modules() if path.endswith(endings)]
+    return [path for path in paths if any(name.startswith(path + ".") for name in others)]
+
+
+def _check_fit(model, pairs, others, saved, settings, adapter_name, directory) -> None:
     modules = dict(model.named_modules())
     missing = [path for path in pairs if path not in modules]
     if missing:
@@ -291,6 +209,8 @@ def _check_fit(model, pairs, others, settings, adapter_name, directory) -> None:
         expected = (A.shape[0], layer.in_features), (layer.out_features, A.shape[0])
         if (tuple(A.shape), tuple(B.shape)) != expected:
             problems.append(f"{path}: lora_A {list(A.shape)}, lora_B {list(B.shape)}; expected {expected}")
+        elif not (A.is_floating_point() and B.is_floating_point()):
+            problems.append(f"{path}: lora_A {A.dtype}, lora_B {B.dtype}; expected floating-point numbers")
         known = layer.adapters.get(adapter_name) if isinstance(layer, QLoRALinear) else None
         if known is not None and known != settings[path]:
             problems.append(f"{path}: the model's adapter {adapter_name!r} has {known}, the file {settings[path]}")
@@ -298,6 +218,12 @@ def _check_fit(model, pairs, others, settings, adapter_name, directory) -> None:
     for name, tensor in others.items():
         if own[name].shape != tensor.shape:
             problems.append(f"{name}: {list(tensor.shape)}; expected {list(own[name].shape)}")
+        elif own[name].is_floating_point() != tensor.is_floating_point():
+            problems.append(f"{name}: {tensor.dtype}; expected {own[name].dtype}")
+    for path in saved:
+        lacking = [f"{path}.{name}" for name in modules[path].state_dict() if f"{path}.{name}" not in others]
+        if lacking:
+            problems.append(f"{path} was trained whole, but the file lacks {_some(lacking)}")
     holding = {p for p, m in modules.items() if isinstance(m, QLoRALinear) and adapter_name in m.adapters}
     if holding - set(pairs):
         problems.append(f"nothing in the file for {_some(sorted(holding - set(pairs)))}, which have that adapter")

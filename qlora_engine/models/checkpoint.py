@@ -4,18 +4,18 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from qlora_engine.models.adapter import load_adapter
+from qlora_engine.models.adapter import CONFIG_FILE, load_adapter
 from qlora_engine.models.config import QLoRAConfig
 from qlora_engine.models.files import atomic_directory
-from qlora_engine.models.prepare import prepare, quantize_model, replace_module, untie
+from qlora_engine.models.prepare import prepare, quantize_model, replace_module, shared_places, untie
 from qlora_engine.models.shards import Shards, find_shards, resolve_folder
-from qlora_engine.models.targets import find_targets
+from qlora_engine.models.targets import find_targets, kept_in_float32, linear_modules
 from qlora_engine.nn.nf4_linear import NF4Linear, is_transposed_linear
 from qlora_engine.quantization.weight import quantize
 
@@ -38,15 +38,18 @@ def save_quantized(model: nn.Module, directory: str | os.PathLike, tokenizer=Non
     Raises:
         ValueError: where the model has no 4-bit layers.
         TypeError: where it has no transformers configuration.
+        FileExistsError: where the folder holds an adapter.
     """
     from huggingface_hub import split_torch_state_dict_into_shards
     from safetensors.torch import save_file
 
+    model = getattr(model, "_orig_mod", model)  # torch.compile's wrapper has other names
     layers = {path: m for path, m in model.named_modules() if isinstance(m, NF4Linear)}
     if not layers:
         raise ValueError("the model has no 4-bit layers; call qlora_engine.quantize_model on it first")
     if not hasattr(model, "config") or not hasattr(model.config, "save_pretrained"):
         raise TypeError(f"{type(model).__name__} has no transformers configuration; save its state_dict instead")
+    check_no_adapter(directory)
     tensors = _base_tensors(model)
     plan = split_torch_state_dict_into_shards(
         tensors, filename_pattern="model{suffix}.safetensors", max_shard_size=MAX_SHARD_SIZE
@@ -75,6 +78,16 @@ def save_quantized(model: nn.Module, directory: str | os.PathLike, tokenizer=Non
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
     return Path(directory)
+
+
+def check_no_adapter(directory: str | os.PathLike) -> None:
+    """A model's weights would replace an adapter's; and transformers adds an adapter beside a model to it again.
+
+    Raises:
+        FileExistsError: where the folder holds an adapter.
+    """
+    if (Path(directory) / CONFIG_FILE).exists():
+        raise FileExistsError(f"{directory} holds an adapter ({CONFIG_FILE}); save the model to another folder")
 
 
 def _base_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -131,14 +144,17 @@ def load_quantized(
         )
     config = config or QLoRAConfig(r=0)
     model = _empty_model(folder, settings)
+    model.config._name_or_path = str(path_or_hub_id)  # an adapter's file names its base model by this
     if quantization:
-        modules = quantization["modules"]
+        modules = _read_modules(folder, model, quantization)
+        model.qlora_config = QLoRAConfig(r=0)  # what was saved in 16 bits stays so: see left_by_default
     else:
         paths, _, _ = find_targets(model, config)
         modules = {p: {"blocksize": config.blocksize, "double_quant": config.double_quant} for p in paths}
     sources = {path: untie(model, path) for path in modules}
+    places = shared_places(model)
     for path, options in modules.items():
-        replace_module(model, path, _empty_layer(model, path, **options))
+        replace_module(model, path, _empty_layer(model, path, **options), places)
     with torch.no_grad():
         _fill(model, shards, sources, device, dtype, progress)
     if device is not None:
@@ -159,17 +175,58 @@ def _read_config(folder: Path) -> dict:
     if not path.is_file():
         raise FileNotFoundError(f"{folder} is not a model: there is no config.json in it")
     try:
-        return json.loads(path.read_text())
+        settings = json.loads(path.read_text())
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not readable JSON: {error}") from error
+    for name, value, kind in (
+        ("it", settings, dict),
+        ("model_type", isinstance(settings, dict) and settings.get("model_type"), str),
+        ("architectures", isinstance(settings, dict) and (settings.get("architectures") or []), list),
+        ("quantization_config", isinstance(settings, dict) and (settings.get("quantization_config") or {}), dict),
+    ):
+        if not isinstance(value, kind):
+            raise ValueError(
+                f"{path} is not a model's configuration: {name} is {value!r}; expected a {kind.__name__}"
+            )
+    return settings
+
+
+def _read_modules(folder: Path, model: nn.Module, quantization: dict) -> dict[str, dict]:
+    """The 4-bit layers that `save_quantized` listed: path -> blocksize and double_quant."""
+    modules, linears = quantization.get("modules"), linear_modules(model)
+    if quantization.get("format") != "nf4" or not isinstance(modules, dict):
+        raise ValueError(
+            f"{folder / 'config.json'}: quantization_config has format {quantization.get('format')!r} and "
+            f"{'no' if modules is None else type(modules).__name__} modules; expected what save_quantized writes"
+        )
+    for path, options in modules.items():
+        if path not in linears:
+            raise ValueError(
+                f"{folder / 'config.json'} names a 4-bit layer {path!r}; this {type(model).__name__} has no linear "
+                "layer there"
+            )
+        try:
+            QLoRAConfig(**options)
+            complete = options.keys() == {"blocksize", "double_quant"}
+        except (TypeError, ValueError):
+            complete = False
+        if not complete:
+            raise ValueError(
+                f"{folder / 'config.json'}: the 4-bit layer {path!r} has {options!r}; expected a blocksize, which is "
+                "a power of two from 32 to 4096, and double_quant"
+            )
+    return modules
 
 
 def _empty_model(folder: Path, settings: dict) -> nn.Module:
     """The model with its parameters on the meta device and its buffers, such as rotary frequencies, computed."""
     import transformers
     from accelerate import init_empty_weights
+    from huggingface_hub.errors import StrictDataclassError
 
+    names = [name for name in settings.get("architectures") or [] if isinstance(name, str)]
     settings = {key: value for key, value in settings.items() if key != "quantization_config"}
+    settings["architectures"] = names
     try:
         config = transformers.AutoConfig.for_model(**settings)
     except (KeyError, ValueError) as error:
@@ -177,9 +234,10 @@ def _empty_model(folder: Path, settings: dict) -> nn.Module:
             f"{folder / 'config.json'}: model_type {settings.get('model_type')!r} is not known to this transformers "
             f"({transformers.__version__}); update it, or name another model"
         ) from error
-    config._name_or_path = str(folder)
-    names = settings.get("architectures") or []
-    kind = next((getattr(transformers, name) for name in names if hasattr(transformers, name)), None)
+    except (StrictDataclassError, TypeError) as error:
+        raise ValueError(f"{folder / 'config.json'} is not a model's configuration: {error}") from error
+    named = [getattr(transformers, name, None) for name in names]
+    kind = next((c for c in named if isinstance(c, type) and issubclass(c, transformers.PreTrainedModel)), None)
     with init_empty_weights(include_buffers=False):
         model = kind(config) if kind else transformers.AutoModelForCausalLM.from_config(config)
     model.tie_weights()
@@ -189,10 +247,7 @@ def _empty_model(folder: Path, settings: dict) -> nn.Module:
 
 
 def _empty_layer(model: nn.Module, path: str, blocksize: int, double_quant: bool) -> NF4Linear:
-    try:
-        old = model.get_submodule(path)
-    except AttributeError as error:
-        raise ValueError(f"the configuration names a 4-bit layer {path!r}, which this model has not") from error
+    old = model.get_submodule(path)
     transposed = is_transposed_linear(old)
     in_features, out_features = old.weight.shape if transposed else old.weight.shape[::-1]
     new = NF4Linear(
@@ -216,11 +271,11 @@ def _fill(model: nn.Module, shards: Shards, sources, device, dtype: torch.dtype 
     from tqdm import tqdm
 
     expected = set(model.state_dict())
-    prefix = getattr(model, "base_model_prefix", "")
+    own_name = _own_names(model, expected)
     unexpected, filled = [], set()
     with tqdm(total=shards.nbytes, unit="B", unit_scale=True, desc="loading", disable=not progress) as bar:
         for name, tensor in _named_tensors(shards):
-            own = name if name in expected else f"{prefix}.{name}"
+            own = own_name(name)
             if own not in expected:
                 unexpected.append(name)
             else:
@@ -246,9 +301,32 @@ def _fill(model: nn.Module, shards: Shards, sources, device, dtype: torch.dtype 
         )
 
 
+def _own_names(model: nn.Module, expected: set[str]) -> Callable[[str], str]:
+    """Names of tensors in files -> names in the model, by transformers' own table of renamings.
+
+    Files keep the names of the day they were written: GPT-NeoX's head is `embed_out` there, and `lm_head` in the
+    model. Tensors whose layout has changed as well, as those of experts have, keep their names and are reported.
+    """
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightRenaming
+
+    prefix = getattr(model, "base_model_prefix", "")
+    changes = get_model_conversion_mapping(model)
+
+    def own_name(name: str) -> str:
+        renamed = name
+        for change in changes:
+            if isinstance(change, WeightRenaming):
+                renamed, _ = change.rename_source_key(renamed)
+        candidates = (name, f"{prefix}.{name}", renamed, f"{prefix}.{renamed}", renamed.removeprefix(f"{prefix}."))
+        return next((candidate for candidate in candidates if candidate in expected), name)
+
+    return own_name
+
+
 def _is_ignored(name: str, patterns) -> bool:
-    # rotary frequencies were saved by old versions of transformers; the model computes them
-    return name.endswith(("rotary_emb.inv_freq", "attn.bias", "attn.masked_bias")) or any(
+    # rotary frequencies and causal masks were saved by old versions of transformers; the model computes them
+    return name.endswith(("rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias", ".attention.masked_bias")) or any(
         re.search(pattern, name) for pattern in patterns
     )
 
@@ -272,10 +350,11 @@ def _assign(model: nn.Module, name: str, tensor: torch.Tensor, device, dtype: to
     target = target if is_parameter else module._buffers[leaf]
     _check_shape(name, tensor, tuple(target.shape))
     is_scale = isinstance(module, NF4Linear) and leaf != "bias"
-    if is_scale and tensor.dtype != target.dtype:
+    if tensor.is_floating_point() != target.is_floating_point() or (is_scale and tensor.dtype != target.dtype):
         raise ValueError(f"{name} is {tensor.dtype}; expected {target.dtype}")
-    if dtype is not None and tensor.is_floating_point() and not is_scale:
-        tensor = tensor.to(dtype)
+    if tensor.is_floating_point() and not is_scale:
+        wanted = dtype or tensor.dtype
+        tensor = tensor.to(torch.float32 if kept_in_float32(model, name, wanted) else wanted)
     if tensor.device.type == "cpu":
         tensor = tensor.clone()  # the file's mapping is closed afterwards
     if is_parameter:

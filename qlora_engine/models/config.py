@@ -31,7 +31,8 @@ class QLoRAConfig:
         target_modules: a pattern or several; the layers that get an adapter.
         exclude_modules: patterns; layers that get none although a pattern of `target_modules` matches.
         skip_modules: patterns; linear layers that stay in 16 bits. None: the output head, layers whose weight
-            is shared with another module, and `modules_to_save`.
+            is shared with another module, those that transformers keeps in float32, and `modules_to_save`; in a
+            model that has been quantized before, all that stayed then.
         modules_to_save: patterns; modules that stay in 16 bits and are trained whole and saved with the adapter,
             such as a new classification head.
         blocksize: elements of a weight that share a scale; a power of two from 32 to 4096.

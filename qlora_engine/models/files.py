@@ -1,11 +1,17 @@
 """Files and folders that are either whole or not there: a crash leaves what was there before."""
 
 import contextlib
+import ctypes
+import errno
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+
+# linux/fcntl.h and linux/fs.h: paths are relative to the working directory; exchange both names
+AT_FDCWD, RENAME_EXCHANGE = -100, 2
 
 
 @contextlib.contextmanager
@@ -58,8 +64,9 @@ def atomic_files(directory: str | os.PathLike) -> Iterator[Path]:
 def atomic_directory(path: str | os.PathLike, replaces: tuple[str, ...] = ("*",)) -> Iterator[Path]:
     """Gives an empty folder to fill; it takes the place of `path` when the context ends without an error.
 
-    The exchange is two renames. A crash between them leaves the old folder whole, beside the new one, under a name
-    that ends in `.old`.
+    Where the system can exchange two folders in one step (Linux, on the usual file systems), `path` is the old
+    folder or the new one at every moment. Elsewhere the exchange is two renames, and a crash between them leaves the
+    old folder whole, beside the new one, under a name that ends in `.old`.
 
     Args:
         path: the folder, which may exist.
@@ -92,6 +99,8 @@ def _exchange(new: Path, path: Path, replaces: tuple[str, ...]) -> None:
                 shutil.copytree(kept, new / kept.name, copy_function=_link)
             else:
                 _link(kept, new / kept.name)
+    if _swap(new, path):
+        return  # the old folder is now where the new one was, and goes with it
     aside = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".old", dir=path.parent))
     os.replace(path, aside / path.name)
     try:
@@ -101,6 +110,19 @@ def _exchange(new: Path, path: Path, replaces: tuple[str, ...]) -> None:
         aside.rmdir()
         raise
     shutil.rmtree(aside, ignore_errors=True)
+
+
+def _swap(one: Path, other: Path) -> bool:
+    """Exchanges two folders in one step; False where this system or its file system cannot."""
+    renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None) if sys.platform == "linux" else None
+    if renameat2 is None:
+        return False
+    if renameat2(AT_FDCWD, os.fsencode(one), AT_FDCWD, os.fsencode(other), ctypes.c_uint(RENAME_EXCHANGE)) == 0:
+        return True
+    code = ctypes.get_errno()
+    if code in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EPERM):
+        return False
+    raise OSError(code, os.strerror(code), str(other))
 
 
 def _link(source, target) -> None:

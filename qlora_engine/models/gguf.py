@@ -5,6 +5,7 @@ import json
 import os
 from pathlib import Path
 
+from qlora_engine.models.checkpoint import WEIGHT_FILES, check_no_adapter
 from qlora_engine.models.files import atomic_directory
 
 CACHE_VARIABLE = "QLORA_ENGINE_CACHE"
@@ -37,7 +38,7 @@ def convert_gguf(path: str | Path, out_dir: str | Path, dtype: str = "bfloat16")
 
     Args:
         path: a .gguf file, or a folder that holds one.
-        out_dir: folder to write; replaced as a whole if it exists.
+        out_dir: folder to write; older weights in it are replaced, other files, such as the GGUF file, stay.
         dtype: "bfloat16", "float16" or "float32".
 
     Returns:
@@ -46,6 +47,7 @@ def convert_gguf(path: str | Path, out_dir: str | Path, dtype: str = "bfloat16")
     Raises:
         FileNotFoundError: where there is no GGUF file.
         ValueError: where the file is not readable or its architecture is unknown to transformers.
+        FileExistsError: where the folder holds an adapter.
     """
     source = find_gguf(path)
     if source is None:
@@ -70,7 +72,8 @@ def convert_gguf(path: str | Path, out_dir: str | Path, dtype: str = "bfloat16")
     plain.tie_weights()
     plain.config.dtype = getattr(torch, dtype)
     plain.generation_config = model.generation_config
-    with atomic_directory(out_dir) as folder:
+    check_no_adapter(out_dir)
+    with atomic_directory(out_dir, replaces=WEIGHT_FILES) as folder:
         plain.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
     return Path(out_dir)

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from qlora_engine.models.prepare import replace_module
+from qlora_engine.models.prepare import replace_module, shared_places
 from qlora_engine.nn.nf4_linear import NF4Linear
 from qlora_engine.nn.qlora_linear import QLoRALinear
 from qlora_engine.quantization.weight import quantize
@@ -85,15 +85,22 @@ class MergeReport:
         for layer in self.layers:
             kept = "-" if layer.kept is None else f"{layer.kept:.4f}"
             lines.append(f"{layer.name:<{width}}  {layer.delta_norm:8.2e}  {kept:>10}  {layer.error:12.2e}")
+        return "\n".join([*lines, self.summary()])
+
+    def summary(self) -> str:
+        """What was merged, and what was lost, in a line or two."""
         names = ", ".join(self.adapters) or "none"
-        mib = 2**20
-        lines.append(
+        text = (
             f"merged into {self.into}; adapters: {names}; {len(self.layers)} layers, "
-            f"{self.bytes_before / mib:.1f} -> {self.bytes_after / mib:.1f} MiB"
+            f"{self.bytes_before / 2**20:.1f} -> {self.bytes_after / 2**20:.1f} MiB"
         )
-        if self.into == "nf4" and self.kept is not None:
-            lines.append(f"re-quantization kept at least {self.kept:.1%} of every layer's change")
-        return "\n".join(lines)
+        if self.kept is not None:
+            error = max(layer.error for layer in self.layers)
+            text += (
+                f"\nevery layer kept at least {self.kept:.1%} of the adapter's change; rounding moved a weight "
+                f"matrix by at most {error:.2%} of its norm"
+            )
+        return text
 
 
 def merge(
@@ -113,8 +120,8 @@ def merge(
         model: a model with 4-bit layers.
         into: "bf16", "fp16", "fp32" or "nf4".
         adapter_names: which adapters; default: the active ones of each layer. The others are dropped.
-        safe: refuse before anything is changed where a merged weight has NaN or infinity, naming the layer. Costs
-            a second pass.
+        safe: refuse before anything is changed where a merged weight, or a parameter that is cast, has NaN or
+            infinity, naming it. Costs a second pass.
         keep_original: keep the replaced layers in the report, so that `unmerge` can restore them exactly. Costs
             their memory (about 0.52 bytes a weight) for as long as the report lives.
 
@@ -140,15 +147,17 @@ def merge(
             merged = _merged_weight(layer, chosen[path])[1]
             if not torch.isfinite(merged if into == "nf4" else merged.to(DTYPES[into])).all():
                 raise ValueError(f"the merged weight of {path} has NaN or infinity in {into}; nothing was changed")
+        _check_cast(model, into)
     report = MergeReport(into, tuple(dict.fromkeys(n for names in chosen.values() for n in names)), [])
     if keep_original:
         report._originals = dict(layers)
         if into != "nf4":
             report._tensors = {name: p.data for name, p in _plain_tensors(model).items()}
             report._config_dtype = getattr(getattr(model, "config", None), "dtype", None)
+    places = shared_places(model)
     for path, layer in layers.items():
         new, entry = _merge_layer(path, layer, chosen[path], into)
-        replace_module(model, path, new)
+        replace_module(model, path, new, places)
         report.layers.append(entry)
     if into != "nf4":
         _cast(model, DTYPES[into])
@@ -163,12 +172,18 @@ def unmerge(model: nn.Module, report: MergeReport) -> nn.Module:
         report: what `merge` returned for it; it gives the layers back and cannot be used again.
 
     Raises:
-        ValueError: where the report has no layers (any more).
+        ValueError: where the report has no layers (any more), or is of another model, which is left as it is.
     """
     if not report.reversible:
         raise ValueError("this report holds no layers: merge with keep_original=True, and unmerge only once")
+    modules, parameters = dict(model.named_modules()), dict(model.named_parameters())
+    strange = [path for path in report._originals if path not in modules]
+    strange += [n for n, t in report._tensors.items() if n not in parameters or parameters[n].shape != t.shape]
+    if strange:
+        raise ValueError(f"this report is of another model: here, {strange[0]} is not what was merged")
+    places = shared_places(model)
     for path, layer in report._originals.items():
-        replace_module(model, path, layer)
+        replace_module(model, path, layer, places)
     tensors = _plain_tensors(model)
     for name, data in report._tensors.items():
         tensors[name].data = data
@@ -194,14 +209,16 @@ def save_merged(model: nn.Module, directory: str | os.PathLike, tokenizer=None) 
 
     Raises:
         TypeError: where the model has no `save_pretrained`.
+        FileExistsError: where the folder holds an adapter.
     """
-    from qlora_engine.models.checkpoint import WEIGHT_FILES, save_quantized
+    from qlora_engine.models.checkpoint import WEIGHT_FILES, check_no_adapter, save_quantized
     from qlora_engine.models.files import atomic_directory
 
     if any(isinstance(m, NF4Linear) for m in model.modules()):
         return save_quantized(model, directory, tokenizer)
     if not hasattr(model, "save_pretrained"):
         raise TypeError(f"{type(model).__name__} has no save_pretrained; save its state_dict instead")
+    check_no_adapter(directory)
     with atomic_directory(directory, replaces=WEIGHT_FILES) as folder:
         model.save_pretrained(folder)
         if tokenizer is not None:
@@ -249,8 +266,9 @@ def _merge_layer(path: str, layer: NF4Linear, names: tuple[str, ...], into: str)
     norm = float(weight.norm()) or 1.0
     kept = None
     if delta is not None:
-        square = float(delta.double().square().sum())
-        kept = float(((stored - weight).double() * delta.double()).sum()) / square if square else 1.0
+        square = float(torch.linalg.vector_norm(delta, dtype=torch.float64)) ** 2
+        share = (stored - weight).mul_(delta).sum(dtype=torch.float64)
+        kept = float(share) / square if square else 1.0
     delta_norm = float(delta.norm()) / norm if delta is not None else 0.0
     error = float((stored - merged).norm()) / norm
     return new, LayerMerge(path, delta_norm, kept, error, before, after)
@@ -277,6 +295,16 @@ def _plain_tensors(model: nn.Module) -> dict[str, nn.Parameter]:
     """Floating parameters outside 4-bit layers, each once."""
     inside = {id(p) for m in model.modules() if isinstance(m, NF4Linear) for p in m.parameters()}
     return {n: p for n, p in model.named_parameters() if p.is_floating_point() and id(p) not in inside}
+
+
+def _check_cast(model: nn.Module, into: str) -> None:
+    """Refuses where a parameter that is not merged but only cast would not be finite, such as a norm in fp16."""
+    if into == "nf4":
+        return
+    biases = {n: p for n, p in model.named_parameters() if n.endswith(".bias") and p.is_floating_point()}
+    for name, parameter in (_plain_tensors(model) | biases).items():
+        if not torch.isfinite(parameter.detach().to(DTYPES[into])).all():
+            raise ValueError(f"{name} has NaN or infinity in {into}; nothing was changed")
 
 
 def _cast(model: nn.Module, dtype: torch.dtype) -> None:

@@ -1,12 +1,14 @@
 """`prepare`: a model becomes a 4-bit model with trainable adapters, in place."""
 
 import dataclasses
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import nn
 
+from qlora_engine.models.adapters import set_adapters
 from qlora_engine.models.config import QLoRAConfig
-from qlora_engine.models.targets import find_targets, matches
+from qlora_engine.models.targets import find_targets, matches, matches_any
 from qlora_engine.nn.nf4_linear import NF4Linear
 from qlora_engine.nn.qlora_linear import QLoRALinear
 
@@ -17,7 +19,8 @@ def prepare(
     """Quantizes a model's linear layers to NF4, adds adapters, and freezes everything else. In place.
 
     Layers are converted one at a time, and each 16-bit weight is released before the next. A model that is
-    already quantized gets the adapters only. The output head and the embeddings stay in 16 bits by default.
+    already quantized gets the adapters only; the new adapter is then the only active and trainable one. The output
+    head and the embeddings stay in 16 bits by default.
 
     Args:
         model: any `nn.Module` with `nn.Linear` layers, or transformers' `Conv1D`.
@@ -26,15 +29,24 @@ def prepare(
             here, the 16-bit model never exists on the GPU.
 
     Returns:
-        The same model. `model.qlora_config` is the configuration.
+        The same model. `model.qlora_config` is the configuration, with modules that an earlier one named to be
+        trained whole and saved.
 
     Raises:
         TargetError: where a pattern matches nothing. The model is then unchanged.
+        ValueError: where a layer has an adapter of that name already. The model is then unchanged.
     """
     config = config or QLoRAConfig()
     quantized, adapted, saved = find_targets(model, config)
     ranks = {path: _of_pattern(config.rank_pattern, path, config.r) for path in adapted}
     alphas = {path: _of_pattern(config.alpha_pattern, path, config.alpha) for path in adapted}
+    for path in adapted:
+        if ranks[path] and config.adapter_name in getattr(model.get_submodule(path), "adapters", {}):
+            raise ValueError(
+                f"{path} has an adapter {config.adapter_name!r} already; give the new one another adapter_name, or "
+                "delete the old one with qlora_engine.delete_adapter"
+            )
+    places, earlier = shared_places(model), saved_modules(model)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     for path in quantized:
@@ -44,12 +56,12 @@ def prepare(
             new = NF4Linear.from_linear(
                 layer, blocksize=config.blocksize, double_quant=config.double_quant, device=device
             )
-            replace_module(model, path, new)
+            replace_module(model, path, new, places)
     if device is not None:
         model.to(device)
     for path in adapted:
         if ranks[path]:
-            adapter_layer(model, path).add_adapter(
+            adapter_layer(model, path, places).add_adapter(
                 config.adapter_name,
                 r=ranks[path],
                 alpha=alphas[path],
@@ -57,9 +69,12 @@ def prepare(
                 rslora=config.rslora,
                 dtype=config.adapter_dtype,
             )
+    if any(ranks.values()):
+        set_adapters(model, config.adapter_name)
+    own_parameters(model, saved)
     for path in saved:
         model.get_submodule(path).requires_grad_(True)
-    model.qlora_config = config
+    remember_saved(model, config, earlier)
     return model
 
 
@@ -85,18 +100,81 @@ def untie(model: nn.Module, path: str) -> str | None:
     return source
 
 
-def replace_module(model: nn.Module, path: str, new: nn.Module) -> None:
-    """Puts a module in the place of another."""
-    parent, _, name = path.rpartition(".")
-    setattr(model.get_submodule(parent), name, new)
+def saved_modules(model: nn.Module) -> list[str]:
+    """Paths of the modules that are trained whole beside the adapters."""
+    config = getattr(model, "qlora_config", None)
+    patterns = config.modules_to_save if config else ()
+    return [path for path, _ in model.named_modules() if path and matches_any(patterns, path)]
 
 
-def adapter_layer(model: nn.Module, path: str) -> QLoRALinear:
+def remember_saved(model: nn.Module, config: QLoRAConfig, paths: Iterable[str]) -> None:
+    """Gives the model a configuration, in which modules that were trained whole before are named as well."""
+    model.qlora_config = config
+    known = set(saved_modules(model))
+    new = [path for path in paths if path not in known]
+    if new:
+        model.qlora_config = dataclasses.replace(config, modules_to_save=(*config.modules_to_save, *new))
+
+
+def own_parameters(model: nn.Module, paths: Iterable[str]) -> None:
+    """Modules that are trained whole stop sharing parameters with modules that are not.
+
+    Else training a head would change the embeddings that it is tied to, and the file of an adapter, which has the
+    head alone, would not be what was trained. Modules among `paths` go on sharing between themselves. In place.
+    """
+    inside = tuple(f"{path}." for path in paths)
+    holders: dict[int, list[tuple[nn.Module, str, bool]]] = {}
+    for path, module in model.named_modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                holders.setdefault(id(parameter), []).append((module, name, f"{path}.{name}".startswith(inside)))
+    for shared in holders.values():
+        chosen = [(module, name) for module, name, is_inside in shared if is_inside]
+        if chosen and len(chosen) < len(shared):
+            module, name = chosen[0]
+            parameter = module._parameters[name]
+            own = nn.Parameter(parameter.detach().clone(), requires_grad=parameter.requires_grad)
+            for module, name in chosen:
+                module._parameters[name] = own
+    tied = getattr(model, "all_tied_weights_keys", None) or {}
+    apart = [name for name, source in tied.items() if name.startswith(inside) != source.startswith(inside)]
+    for name in apart:
+        del tied[name]
+    if apart and not tied:
+        model.config.tie_word_embeddings = False
+
+
+def shared_places(model: nn.Module) -> dict[str, list[str]]:
+    """First path of every module that the model holds in several places -> its other paths."""
+    places: dict[int, list[str]] = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        places.setdefault(id(module), []).append(path)
+    return {paths[0]: paths[1:] for paths in places.values() if len(paths) > 1}
+
+
+def replace_module(
+    model: nn.Module, path: str, new: nn.Module, places: Mapping[str, Iterable[str]] | None = None
+) -> None:
+    """Puts a module in the place of another, everywhere.
+
+    Args:
+        model: the model.
+        path: first path of the old module.
+        new: the new one.
+        places: what `shared_places` returned; default: asked for now, which visits the whole model.
+    """
+    places = shared_places(model) if places is None else places
+    for place in (path, *places.get(path, ())):
+        parent, _, name = place.rpartition(".")
+        setattr(model.get_submodule(parent), name, new)
+
+
+def adapter_layer(model: nn.Module, path: str, places: Mapping[str, Iterable[str]] | None = None) -> QLoRALinear:
     """The layer at a path as one that can hold adapters; a plain 4-bit layer is replaced by one."""
     layer = model.get_submodule(path)
     if not isinstance(layer, QLoRALinear):
         layer = QLoRALinear.from_nf4(layer, r=0)
-        replace_module(model, path, layer)
+        replace_module(model, path, layer, places)
     return layer
 
 

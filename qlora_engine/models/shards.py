@@ -13,6 +13,8 @@ import torch
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 DOWNLOADED = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.model", "*.txt", "*.jinja"]
+# the same weights once more in another format, as Llama's original/ and Mistral's consolidated.safetensors
+NOT_DOWNLOADED = ["*/*", "consolidated*"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,6 +65,7 @@ def resolve_folder(path_or_hub_id: str | os.PathLike) -> Path:
 
     Raises:
         FileNotFoundError: where there is no such folder, and the name cannot be one on the hub or is not there.
+        ValueError: where the model on the hub has no safetensors.
     """
     path = Path(path_or_hub_id)
     if path.is_dir():
@@ -81,12 +84,18 @@ def resolve_folder(path_or_hub_id: str | os.PathLike) -> Path:
     )
 
     try:
-        return Path(snapshot_download(name, allow_patterns=DOWNLOADED))
+        folder = Path(snapshot_download(name, allow_patterns=DOWNLOADED, ignore_patterns=NOT_DOWNLOADED))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
         first = str(error).strip().splitlines()[0]
         raise FileNotFoundError(
             f"there is no model folder {name}{_near(path)}, and it could not be had from the hub: {first}"
         ) from error
+    if not any(folder.glob("*.safetensors")):
+        raise ValueError(
+            f"{name} has no safetensors on the hub; weights in other formats are not downloaded, as reading a pickle "
+            "can run code. Convert it once with transformers: AutoModel.from_pretrained(...).save_pretrained(folder)"
+        )
+    return folder
 
 
 def _near(path: Path) -> str:
@@ -108,10 +117,11 @@ def find_shards(folder: Path) -> Shards:
     if index.is_file():
         try:
             weight_map = json.loads(index.read_text())["weight_map"]
-        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+            pairs = [(name, str(file)) for name, file in weight_map.items()]
+        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{index} is not a readable index of shards: {error!r}") from error
         files: dict[str, list[str] | None] = {}
-        for name, file in weight_map.items():
+        for name, file in pairs:
             if Path(file).name != file:
                 raise ValueError(f"{index} points outside its folder: {file!r}")
             files.setdefault(file, []).append(name)

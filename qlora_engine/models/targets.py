@@ -10,7 +10,7 @@ from torch import nn
 from qlora_engine.models.config import ALL_LINEAR, QLoRAConfig, TargetError
 from qlora_engine.nn.nf4_linear import NF4Linear, is_transposed_linear
 
-# Last parts of the paths of output heads, for models that do not name theirs through get_output_embeddings()
+# Parts of the paths of output heads, for models that do not name theirs through get_output_embeddings()
 HEAD_NAMES = ("lm_head", "embed_out", "score", "classifier", "qa_outputs", "output_projection")
 
 
@@ -70,8 +70,17 @@ def _near_matches(pattern: str, paths: Sequence[str]) -> str:
     return f"This model's candidates: {', '.join(names[:20])}{', ...' if len(names) > 20 else ''}."
 
 
-def heads_and_tied(model: nn.Module) -> set[str]:
-    """Paths of linear layers that are left in 16 bits by default: output heads, and layers with a shared weight."""
+def left_by_default(model: nn.Module) -> set[str]:
+    """Paths of linear layers that are left in 16 bits by default.
+
+    Output heads, with the layers inside them; layers with a shared weight; and those that transformers keeps in
+    float32 (`_keep_in_fp32_modules`): T5 casts its activations to the dtype of such a weight, which must not be that
+    of packed bytes. In a model that has been prepared before, all that was left then.
+    """
+    linears = linear_modules(model)
+    left = {path for path, module in linears.items() if not isinstance(module, NF4Linear)}
+    if getattr(model, "qlora_config", None) is not None and len(left) < len(linears):
+        return left
     get_head = getattr(model, "get_output_embeddings", None)
     try:
         head = get_head() if get_head else None
@@ -85,9 +94,22 @@ def heads_and_tied(model: nn.Module) -> set[str]:
     shared = {path for paths in owners.values() if len(paths) > 1 for path in paths}
     return {
         path
-        for path, module in linear_modules(model).items()
-        if module is head or path in shared or path.rsplit(".", 1)[-1] in HEAD_NAMES
+        for path, module in linears.items()
+        if module is head
+        or path in shared
+        or not set(path.split(".")).isdisjoint(HEAD_NAMES)
+        or kept_in_float32(model, f"{path}.weight", torch.float16)
     }
+
+
+def kept_in_float32(model: nn.Module, name: str, dtype: torch.dtype) -> bool:
+    """Whether transformers keeps a parameter in float32 where the model is loaded in `dtype`."""
+    patterns = set()
+    if dtype in (torch.float16, torch.bfloat16):
+        patterns.update(getattr(model, "_keep_in_fp32_modules_strict", None) or ())
+    if dtype == torch.float16:
+        patterns.update(getattr(model, "_keep_in_fp32_modules", None) or ())
+    return any(re.search(rf"(^|\.)({pattern})(\.|$)", name) for pattern in patterns)
 
 
 def find_targets(model: nn.Module, config: QLoRAConfig) -> tuple[list[str], list[str], list[str]]:
@@ -106,11 +128,17 @@ def find_targets(model: nn.Module, config: QLoRAConfig) -> tuple[list[str], list
     check_patterns(config.modules_to_save, paths, "modules_to_save")
     saved = [path for path in paths if matches_any(config.modules_to_save, path)]
     inside_saved = {p for p in linears if any(p == s or p.startswith(s + ".") for s in saved)}
+    packed = sorted(p for p in inside_saved if isinstance(linears[p], NF4Linear))
+    if packed:
+        raise TargetError(
+            f"modules_to_save asks to train {', '.join(packed[:5])} whole, already in 4 bits; name it there when the "
+            "model is quantized, or give it an adapter"
+        )
     named = [pattern for pattern in config.target_modules if pattern != ALL_LINEAR] if config.r else []
     check_patterns(named, list(linears), "target_modules")
     if config.skip_modules is None:
         asked_for = {path for path in linears if matches_any(named, path)}
-        skipped = (heads_and_tied(model) - asked_for) | inside_saved
+        skipped = (left_by_default(model) - asked_for) | inside_saved
     else:
         check_patterns(config.skip_modules, list(linears), "skip_modules")
         skipped = {path for path in linears if matches_any(config.skip_modules, path)} | inside_saved

@@ -120,9 +120,12 @@ print(tokenizer.decode(ids[0], skip_special_tokens=True).removeprefix("the tree 
     assert succeeded(alone) == here("generate", "--model", "tiny", "--adapter", "run/adapter", *WORDS)
 
 
-def test_merge_into_nf4_reports_what_was_lost(here):
+def test_merge_into_nf4_reports_what_was_lost(place, here):
     arguments = ["--model", "tiny", "--adapter", "run/adapter", "--output", "merged-nf4", "--into", "nf4"]
-    assert "q_proj" in here("merge", *arguments)
+    assert "every layer kept at least" in here("merge", *arguments)
+    layers = json.loads((place / "merged-nf4" / "merge_report.json").read_text())["layers"]
+    assert {"delta_norm", "kept", "error"} <= layers[0].keys()
+    assert "q_proj" in here("merge", *arguments, "--layers")
     here("generate", "--model", "merged-nf4", "--prompt", "the", "--max-new-tokens", 2)
 
 

@@ -13,7 +13,7 @@ from torch import nn
 import qlora_engine as qe
 from qlora_engine.models import checkpoint
 from qlora_engine.models.checkpoint import load_quantized, save_quantized
-from tests.models.tiny import bert, gpt2, llama, token_ids
+from tests.models.tiny import bert, gpt2, gpt_neox, llama, t5, token_ids
 
 MAKERS = {"llama": llama, "gpt2": gpt2, "bert": bert}
 
@@ -47,6 +47,33 @@ def test_classification_model_and_modules_to_save(tmp_path):
     assert streamed.classifier.weight.requires_grad
 
 
+def test_names_of_older_files(tmp_path):
+    model = gpt_neox()
+    model.save_pretrained(tmp_path)
+    with safe_open(tmp_path / "model.safetensors", "pt") as file:
+        assert "embed_out.weight" in file.keys()  # noqa: SIM118 - a reader, not a dict
+    streamed = load_quantized(tmp_path, qe.QLoRAConfig(r=4), progress=False)
+    assert torch.equal(logits(streamed), logits(qe.prepare(model, qe.QLoRAConfig(r=4))))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_what_transformers_keeps_in_float32_stays(dtype, tmp_path):
+    model = t5()
+    model.save_pretrained(tmp_path)
+    streamed = load_quantized(tmp_path, qe.QLoRAConfig(r=4), dtype=dtype, progress=False).eval()
+    expected = qe.prepare(type(model).from_pretrained(tmp_path, dtype=dtype), qe.QLoRAConfig(r=4)).eval()
+    layer = "encoder.block.0.layer.1.DenseReluDense"
+    assert isinstance(streamed.get_submodule(layer).wi, qe.QLoRALinear)
+    assert type(streamed.get_submodule(layer).wo) is nn.Linear
+    assert {n: p.dtype for n, p in streamed.named_parameters()} == {
+        n: p.dtype for n, p in expected.named_parameters()
+    }
+    ids = token_ids()
+    a, b = (m(input_ids=ids, decoder_input_ids=ids[:, :5]).logits.float() for m in (streamed, expected))
+    # in 16 bits the streamed scales are those of the file's float32, not of its rounding
+    assert float(((a - b).norm() / b.norm()).detach()) < {torch.float32: 1e-6}.get(dtype, 0.05)
+
+
 @pytest.mark.parametrize("double_quant", [True, False])
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 def test_saved_models_load_exactly(kind, double_quant, tmp_path):
@@ -74,6 +101,25 @@ def test_saved_base_has_no_adapters_and_takes_new_ones(tmp_path):
     assert torch.equal(logits(again), logits(model))
     fresh = load_quantized(tmp_path / "base", qe.QLoRAConfig(r=2, target_modules="q_proj"), progress=False)
     assert sum(p.numel() for p in fresh.parameters() if p.requires_grad) == 2 * (2 * 64 * 2)
+
+
+def test_layers_that_were_left_in_16_bits_are_left_again(tmp_path):
+    model = qe.quantize_model(llama(), qe.QLoRAConfig(skip_modules=["up_proj", "lm_head"]))
+    save_quantized(model, tmp_path)
+    assert torch.equal(logits(load_quantized(tmp_path, progress=False)), logits(model))
+    again = load_quantized(tmp_path, qe.QLoRAConfig(r=2), progress=False)
+    assert torch.equal(logits(again), logits(model))
+    assert type(again.model.layers[0].mlp.up_proj) is nn.Linear
+    assert isinstance(again.model.layers[0].mlp.down_proj, qe.QLoRALinear)
+    asked = load_quantized(tmp_path, qe.QLoRAConfig(r=2, target_modules="up_proj"), progress=False)
+    assert isinstance(asked.model.layers[0].mlp.up_proj, qe.QLoRALinear)
+    assert type(asked.lm_head) is nn.Linear
+
+
+def test_a_compiled_model_is_saved_under_its_own_names(tmp_path):
+    model = qe.quantize_model(llama())
+    save_quantized(torch.compile(model), tmp_path)
+    assert torch.equal(logits(load_quantized(tmp_path, progress=False)), logits(model))
 
 
 def test_quantized_head_of_a_tied_model(tmp_path):
@@ -161,6 +207,8 @@ NORM = "model.norm.weight"
 BREAK = {
     "no config": (lambda f: (f / "config.json").unlink(), "there is no config.json"),
     "bad config": (lambda f: (f / "config.json").write_text("{"), "config.json is not readable JSON"),
+    "no configuration": (lambda f: (f / "config.json").write_text("[]"), "it is []; expected a dict"),
+    "no model type": (lambda f: rewrite(f, lambda s: s.pop("model_type")), "model_type is None; expected a str"),
     "unknown model": (
         lambda f: rewrite(f, lambda s: s.update(model_type="llamma", architectures=[])),
         "model_type 'llamma' is not known",
@@ -175,6 +223,10 @@ BREAK = {
         "cannot be read (damaged or cut short)",
     ),
     "bad index": (lambda f: (f / "model.safetensors.index.json").write_text("[]"), "is not a readable index"),
+    "index without names": (
+        lambda f: (f / "model.safetensors.index.json").write_text('{"weight_map": ["a"]}'),
+        "is not a readable index",
+    ),
     "index leads outside": (
         lambda f: (f / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "../x"}})),
         "points outside its folder",
@@ -182,6 +234,14 @@ BREAK = {
     "shape": (
         lambda f: swap_in_tensor(f, NORM, torch.ones(63)),
         "model.norm.weight has shape [63]; the model expects [64]",
+    ),
+    "whole numbers": (
+        lambda f: swap_in_tensor(f, NORM, torch.ones(64, dtype=torch.int32)),
+        "model.norm.weight is torch.int32; expected torch.float32",
+    ),
+    "architectures": (
+        lambda f: rewrite(f, lambda s: s.update(architectures=5)),
+        "architectures is 5; expected a list",
     ),
     "weight shape": (
         lambda f: swap_in_tensor(f, "model.layers.0.mlp.up_proj.weight", torch.ones(96, 63)),
@@ -208,6 +268,43 @@ def test_a_bad_folder_is_explained(folder, case):
         load_quantized(folder, progress=False)
 
 
+LISTED = {"model.layers.0.mlp.up_proj": {"blocksize": 64, "double_quant": True}}
+BREAK_OURS = {
+    "another format": (
+        {"format": "nf5", "modules": LISTED},
+        "format 'nf5' and dict modules; expected what save_quant",
+    ),
+    "no modules": ({"format": "nf4"}, "format 'nf4' and no modules"),
+    "not a linear layer": (
+        {"format": "nf4", "modules": {"model.norm": {}}},
+        "'model.norm'; this LlamaForCausalLM has",
+    ),
+    "no such layer": (
+        {"format": "nf4", "modules": {"nowhere": {}}},
+        "'nowhere'; this LlamaForCausalLM has no linear",
+    ),
+    "blocks of 0": (
+        {"format": "nf4", "modules": {"lm_head": {"blocksize": 0, "double_quant": True}}},
+        "'lm_head' has {'blocksize': 0, 'double_quant': True}; expected a blocksize",
+    ),
+    "other options": ({"format": "nf4", "modules": {"lm_head": {"r": 4}}}, "'lm_head' has {'r': 4}; expected"),
+}
+
+
+@pytest.mark.parametrize("case", BREAK_OURS)
+def test_a_bad_list_of_4_bit_layers_is_explained(folder, case):
+    damage, words = BREAK_OURS[case]
+    rewrite(folder, lambda s: s.update(quantization_config={"quant_method": "qlora_engine", **damage}))
+    with pytest.raises(ValueError, match=re.escape(words)):
+        load_quantized(folder, progress=False)
+
+
+def test_the_architecture_must_be_a_model(folder):
+    """A configuration cannot make this package call another name of transformers."""
+    rewrite(folder, lambda s: s.update(architectures=["pipeline", 3, "AutoModel"]))
+    assert type(load_quantized(folder, progress=False)).__name__ == "LlamaForCausalLM"
+
+
 def test_pickled_weights_are_refused(tmp_path):
     llama().config.save_pretrained(tmp_path)
     torch.save({}, tmp_path / "pytorch_model.bin")
@@ -222,6 +319,46 @@ def test_paths_that_are_not_there(folder):
         load_quantized(folder / "config.json")
     with pytest.raises(FileNotFoundError, match="could not be had from the hub"):
         load_quantized("nobody/no-such-model")
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A hub with one model, from which only the files are had that were asked for."""
+    import huggingface_hub
+    from huggingface_hub.utils import filter_repo_objects
+
+    remote, local = tmp_path / "remote", tmp_path / "local"
+    llama().save_pretrained(remote)
+
+    def download(name, *, allow_patterns, ignore_patterns):
+        files = [str(p.relative_to(remote)) for p in remote.rglob("*") if p.is_file()]
+        for file in filter_repo_objects(files, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns):
+            (local / file).parent.mkdir(parents=True, exist_ok=True)
+            (local / file).write_bytes((remote / file).read_bytes())
+        return str(local)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    return remote, local
+
+
+def test_from_the_hub(hub, tmp_path):
+    remote, local = hub
+    (remote / "original").mkdir()
+    for name in ("consolidated.safetensors", "original/model.safetensors", "pytorch_model.bin", "tokenizer.json"):
+        (remote / name).write_bytes(b"x")
+    model = load_quantized("someone/model", qe.QLoRAConfig(r=2), progress=False)
+    downloaded = {str(p.relative_to(local)) for p in local.rglob("*") if p.is_file()}
+    assert downloaded == {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json"}
+    qe.save_adapter(model, tmp_path / "adapter")
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == "someone/model"
+
+
+def test_a_hub_model_without_safetensors_is_explained(hub):
+    remote, _ = hub
+    (remote / "model.safetensors").rename(remote / "pytorch_model.bin")
+    with pytest.raises(ValueError, match=r"someone/model has no safetensors on the hub; .*reading a pickle"):
+        load_quantized("someone/model")
 
 
 def test_saving_what_cannot_be_saved(tmp_path):

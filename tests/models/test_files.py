@@ -1,9 +1,14 @@
 """A crash leaves what was there before."""
 
 import os
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
 
+from qlora_engine.models import files
 from qlora_engine.models.files import atomic_directory, atomic_files, atomic_write
 
 
@@ -88,8 +93,59 @@ def test_directory_replaces_what_it_names_and_keeps_the_rest(tmp_path):
     assert names(tmp_path) == ["model"]
 
 
+REPLACE_UNTIL_KILLED = """
+import itertools, sys
+from pathlib import Path
+from qlora_engine.models.files import atomic_directory
+
+for turn in itertools.count():
+    with atomic_directory(sys.argv[1]) as folder:
+        for name in "abc":
+            (folder / name).write_text(str(turn))
+    print(turn, flush=True)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the exchange in one step is Linux's")
+def test_at_every_moment_the_directory_is_whole(tmp_path):
+    """Another process replaces the folder again and again, and is killed: what is seen is always one whole turn."""
+    target = tmp_path / "model"
+    command = [sys.executable, "-c", REPLACE_UNTIL_KILLED, str(target)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, cwd=Path(__file__).parents[2]) as process:
+        try:
+            assert process.stdout.readline() == b"0\n"
+            last, deadline = 0, time.monotonic() + 60
+            while last < 30 and time.monotonic() < deadline:
+                assert read_whole(target) >= last
+                last = read_whole(target)
+        finally:
+            process.kill()
+    assert last >= 30
+    assert read_whole(target) >= last
+
+
+def read_whole(target):
+    """The turn that wrote the folder, read through one handle, which a replacement does not change."""
+    while True:
+        handle = os.open(target, os.O_RDONLY)
+        contents = set()
+        try:
+            for name in "abc":
+                file = os.open(name, os.O_RDONLY, dir_fd=handle)
+                contents.add(os.read(file, 20))
+                os.close(file)
+        except FileNotFoundError:
+            continue  # the folder behind the handle had been replaced, and was being removed
+        finally:
+            os.close(handle)
+        assert len(contents) == 1
+        return int(contents.pop())
+
+
 @pytest.mark.parametrize("fail_at", [1, 2])
 def test_a_crash_in_the_exchange_leaves_the_old_directory(tmp_path, monkeypatch, fail_at):
+    """Where two folders cannot be exchanged in one step."""
+    monkeypatch.setattr(files, "_swap", lambda one, other: False)
     target = tmp_path / "model"
     with atomic_directory(target) as folder:
         (folder / "a").write_text("old")

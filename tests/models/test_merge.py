@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from qlora_engine.models.adapters import adapter_layers
 from tests.models.tiny import gpt2, llama, token_ids
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+ROOT = Path(__file__).parents[2]
 MAKERS = {"llama": llama, "gpt2": gpt2}
 
 
@@ -71,6 +73,18 @@ def test_without_the_originals_there_is_no_way_back():
         qe.unmerge(model, report)
 
 
+def test_the_report_of_another_model_is_refused():
+    report = qe.merge(prepared())
+    larger = llama()
+    larger.resize_token_embeddings(130)
+    for other in (gpt2(), larger):
+        before = {n: t.clone() for n, t in other.state_dict().items()}
+        with pytest.raises(ValueError, match="this report is of another model: here, "):
+            qe.unmerge(other, report)
+        assert all(torch.equal(t, before[n]) for n, t in other.state_dict().items())
+    assert report.reversible
+
+
 def test_report_of_a_merge_into_nf4():
     model = prepared()
     path = "model.layers.0.mlp.up_proj"
@@ -90,7 +104,8 @@ def test_report_of_a_merge_into_nf4():
     assert report.kept == min(layer.kept for layer in report.layers)
     text = str(report)
     assert path in text
-    assert "re-quantization kept at least" in text
+    assert f"every layer kept at least {report.kept:.1%}" in report.summary()
+    assert text.endswith(report.summary())
     assert json.loads(report.to_json())["layers"][0]["name"] == report.layers[0].name
 
 
@@ -135,6 +150,34 @@ def test_a_model_that_is_not_finite_is_refused_unchanged():
     qe.merge(model, into="fp16", safe=False)
 
 
+def test_a_parameter_that_only_fp16_cannot_hold_is_refused_unchanged():
+    model = prepared()
+    model.model.norm.weight.data[0] = 1e6
+    with pytest.raises(ValueError, match=r"model\.norm\.weight has NaN or infinity in fp16; nothing was changed"):
+        qe.merge(model, into="fp16")
+    assert len(adapter_layers(model)) == 14
+    assert model.model.norm.weight.dtype == torch.float32
+    model = prepared(gpt2)
+    model.transformer.h[0].attn.c_attn.bias.data[0] = 1e6
+    with pytest.raises(ValueError, match=r"c_attn\.bias has NaN or infinity in fp16"):
+        qe.merge(model, into="fp16")
+    qe.merge(model, into="bf16")
+
+
+def test_an_adapter_is_not_overwritten_by_a_model(tmp_path):
+    model = prepared()
+    qe.save_adapter(model, tmp_path)
+    before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+    for into in ("nf4", "bf16"):
+        report = qe.merge(model, into=into)
+        with pytest.raises(
+            FileExistsError, match=r"holds an adapter \(adapter_config\.json\); save the model to another"
+        ):
+            qe.save_merged(model, tmp_path)
+        qe.unmerge(model, report)
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
+
+
 def test_nothing_to_merge():
     with pytest.raises(ValueError, match="has no 4-bit layers"):
         qe.merge(llama())
@@ -175,12 +218,47 @@ def test_merged_model_loads_with_transformers_alone(kind, tmp_path):
     assert torch.equal(torch.load(tmp_path / "logits.pt").float(), expected)
 
 
+def test_merged_head_of_a_tied_model_keeps_its_own_weight(tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    model = prepared(lambda: llama(tie_word_embeddings=True), target_modules=["lm_head", "q_proj"])
+    expected = logits(model)
+    qe.merge(model, into="fp32")
+    qe.save_merged(model, tmp_path)
+    torch.testing.assert_close(logits(AutoModelForCausalLM.from_pretrained(tmp_path)), expected, rtol=1e-3, atol=1e-3)
+
+
 def test_merged_into_nf4_saves_and_loads(tmp_path):
     model = prepared()
     qe.merge(model, into="nf4")
     qe.save_merged(model, tmp_path)
     again = qe.load_quantized(tmp_path, progress=False)
     assert torch.equal(logits(again), logits(model))
+
+
+@pytest.mark.parametrize("into", ["bf16", "nf4"])
+def test_a_process_that_is_killed_while_saving_leaves_the_old_model(into, tmp_path):
+    """The process ends without any clean-up when all but the last byte of the weights are written."""
+    model = prepared()
+    qe.merge(model, into=into)
+    qe.save_merged(model, tmp_path / "merged")
+    before = {p.name: p.read_bytes() for p in (tmp_path / "merged").iterdir()}
+    script = (
+        "import os, safetensors.torch, transformers.modeling_utils\n"
+        "import qlora_engine as qe\n"
+        "from tests.models.test_merge import prepared\n"
+        "real = safetensors.torch.save_file\n"
+        "def killed(tensors, path, **options):\n"
+        "    real(tensors, path, **options)\n"
+        "    os.truncate(path, os.path.getsize(path) - 1)\n"
+        "    os.kill(os.getpid(), 9)\n"
+        "safetensors.torch.save_file = transformers.modeling_utils.safe_save_file = killed\n"
+        f"model = prepared(std=0.5)\nqe.merge(model, into={into!r})\n"
+        f"qe.save_merged(model, {str(tmp_path / 'merged')!r})\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == -9, done.stderr
+    assert {p.name: p.read_bytes() for p in (tmp_path / "merged").iterdir()} == before
 
 
 def test_saving_a_plain_module_is_refused(tmp_path):

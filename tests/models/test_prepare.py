@@ -73,6 +73,28 @@ def test_head_can_be_quantized_when_asked_for():
     assert isinstance(model.lm_head, qe.QLoRALinear)
 
 
+def test_layers_inside_a_head_stay():
+    from transformers import RobertaConfig, RobertaForSequenceClassification
+
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1, "num_attention_heads": 4}
+    model = qe.prepare(RobertaForSequenceClassification(RobertaConfig(vocab_size=128, **sizes)), qe.QLoRAConfig(r=4))
+    assert type(model.classifier.dense) is nn.Linear
+    assert isinstance(model.roberta.encoder.layer[0].intermediate.dense, qe.QLoRALinear)
+
+
+def test_preparing_a_quantized_model_adds_adapters_only():
+    model = qe.quantize_model(llama(), qe.QLoRAConfig(skip_modules=["up_proj", "lm_head"]))
+    qe.prepare(model, qe.QLoRAConfig(r=4))
+    assert type(model.model.layers[0].mlp.up_proj) is nn.Linear
+    assert len(adapted(model)) == 12
+
+
+def test_a_merged_model_is_quantized_anew():
+    model = qe.prepare(llama(), qe.QLoRAConfig(r=4))
+    qe.merge(model, into="fp32")
+    assert len(adapted(qe.prepare(model, qe.QLoRAConfig(r=4)))) == 14
+
+
 def test_tied_head_stays():
     model = qe.prepare(llama(tie_word_embeddings=True), qe.QLoRAConfig(r=4))
     assert model.lm_head.weight is model.model.embed_tokens.weight
@@ -249,3 +271,45 @@ def test_multihead_attention_is_left_alone():
     qe.prepare(model, qe.QLoRAConfig(r=4))
     assert sorted(adapted(model)) == ["linear1", "linear2"]
     assert model(torch.randn(3, 2, 64)).shape == (3, 2, 64)
+
+
+def test_a_layer_in_two_places_stays_one():
+    """Quantizing, adapting, merging and unmerging replace it everywhere."""
+    shared = nn.Linear(64, 64)
+    model = nn.Sequential(shared, nn.ReLU(), nn.Sequential(shared, nn.Linear(64, 8)))
+    x = torch.randn(3, 64)
+
+    def check(kind):
+        assert type(model[0]) is kind
+        assert model[2][0] is model[0]
+        return model(x)
+
+    qe.quantize_model(model)
+    check(qe.NF4Linear)
+    qe.prepare(model, qe.QLoRAConfig(r=2))
+    nn.init.normal_(model[0].lora_B["default"])
+    expected = check(qe.QLoRALinear)
+    report = qe.merge(model, into="fp32")
+    torch.testing.assert_close(check(nn.Linear), expected, rtol=1e-4, atol=1e-4)
+    qe.unmerge(model, report)
+    assert torch.equal(check(qe.QLoRALinear), expected)
+
+
+def test_a_4_bit_layer_cannot_be_trained_whole():
+    model = qe.quantize_model(llama())
+    before = {n: p.requires_grad for n, p in model.named_parameters()}
+    for names in ("model.layers.0.mlp.up_proj", "model.layers.0.mlp"):
+        with pytest.raises(qe.TargetError, match=r"layers\.0\.mlp\.\w+.* whole, already in 4 bits"):
+            qe.prepare(model, qe.QLoRAConfig(r=2, modules_to_save=names))
+    assert {n: p.requires_grad for n, p in model.named_parameters()} == before
+
+
+def test_the_same_adapter_twice_changes_nothing():
+    model = qe.prepare(llama(), qe.QLoRAConfig(r=2))
+    before = {n: (p.clone(), p.requires_grad) for n, p in model.named_parameters()}
+    with pytest.raises(ValueError, match="has an adapter 'default' already"):
+        qe.prepare(model, qe.QLoRAConfig(r=4, target_modules="q_proj"))
+    for name, parameter in model.named_parameters():
+        value, trainable = before[name]
+        assert torch.equal(parameter, value)
+        assert parameter.requires_grad == trainable

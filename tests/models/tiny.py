@@ -63,6 +63,42 @@ def bert(seed: int = 0, **options):
     return BertForSequenceClassification(config)
 
 
+def gpt_neox(seed: int = 0, **options):
+    """Two layers; its files call the head `embed_out`, the model `lm_head`."""
+    from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+
+    torch.manual_seed(seed)
+    config = GPTNeoXConfig(
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        vocab_size=VOCABULARY,
+        bos_token_id=1,
+        eos_token_id=2,
+        **options,
+    )
+    return GPTNeoXForCausalLM(config)
+
+
+def t5(seed: int = 0, **options):
+    """Two layers of encoder and decoder with shared embeddings; transformers keeps its `wo` in float32."""
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    torch.manual_seed(seed)
+    config = T5Config(
+        d_model=64,
+        d_kv=16,
+        d_ff=96,
+        num_layers=2,
+        num_heads=4,
+        vocab_size=VOCABULARY,
+        decoder_start_token_id=0,
+        **options,
+    )
+    return T5ForConditionalGeneration(config)
+
+
 def token_ids(batch: int = 2, length: int = 12) -> torch.Tensor:
     """int64 `[batch, length]`, the same each time."""
     return torch.randint(3, VOCABULARY, (batch, length), generator=torch.Generator().manual_seed(0))
