@@ -117,6 +117,7 @@ class Build(build_ext):
         ]
         common += ["-I", str(ROOT / "csrc")]
         host = ["-O3", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-Wall", "-Wno-psabi"]
+        host += ["-fno-math-errno"]  # a square root that sets errno cannot be vectorised
         host += ["-Wno-maybe-uninitialized"]  # gcc 12 sees it in its own AVX-512 headers
         if cuda:
             common += ["-DUSE_CUDA", "-DQLORA_ENGINE_CUDA", "-isystem", str(cuda / "include")]

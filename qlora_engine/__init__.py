@@ -31,12 +31,14 @@ _HOMES = {
     "unmerge": "qlora_engine.models.merge",
 }
 
-__all__ = sorted([*_HOMES, "functional"])
+_MODULES = ("functional", "optim")
+
+__all__ = sorted([*_HOMES, *_MODULES])
 
 
 def __getattr__(name: str):
-    if name == "functional":
-        return importlib.import_module("qlora_engine.functional")
+    if name in _MODULES:
+        return importlib.import_module(f"qlora_engine.{name}")
     if name not in _HOMES:
         raise AttributeError(f"module 'qlora_engine' has no attribute {name!r}")
     value = getattr(importlib.import_module(_HOMES[name]), name)

@@ -1,14 +1,17 @@
 """The typed Python face of every operator: `torch.ops.qlora_engine.*` with fake kernels and autograd."""
 
 from qlora_engine.ops import backend
+from qlora_engine.ops.adamw import adamw_step, gradient_norm
 from qlora_engine.ops.dequantize import dequantize_absmax, dequantize_nf4
 from qlora_engine.ops.linear import linear_nf4, linear_nf4_backward
 from qlora_engine.ops.quantize import quantize_absmax, quantize_nf4
 
 __all__ = [
+    "adamw_step",
     "backend",
     "dequantize_absmax",
     "dequantize_nf4",
+    "gradient_norm",
     "linear_nf4",
     "linear_nf4_backward",
     "quantize_absmax",

@@ -12,8 +12,10 @@ from pathlib import Path
 
 import torch
 
-from qlora_engine.ops.schema import NAMESPACE, SCHEMAS
+from qlora_engine.ops.schema import NAMESPACE, OPTIMIZER_SCHEMAS, SCHEMAS
+from qlora_engine.reference import adamw as _adamw
 from qlora_engine.reference import dequantize as _dequantize
+from qlora_engine.reference import host_memory as _memory
 from qlora_engine.reference import linear as _linear
 from qlora_engine.reference import quantize as _quantize
 
@@ -25,6 +27,11 @@ _REFERENCE = {
     "dequantize_absmax": _dequantize.dequantize_absmax,
     "linear_nf4": _linear.linear_nf4,
     "linear_nf4_backward": _linear.linear_nf4_backward,
+    "adamw_step": _adamw.adamw_step,
+    "gradient_norm": _adamw.gradient_norm,
+    "concurrent_managed_access": _memory.concurrent_managed_access,
+    "host_slab": _memory.host_slab,
+    "copy_bytes": _memory.copy_bytes,
 }
 _DISPATCH_KEYS = {"cpu": "CPU", "cuda": "CUDA"}
 _implementations: dict[tuple[str, str], str] = {}
@@ -113,10 +120,11 @@ def reference_operator(name: str):
 
 
 def _register() -> None:
-    for name, schema in SCHEMAS.items():
+    schemas = {**SCHEMAS, **OPTIMIZER_SCHEMAS}
+    for name, schema in schemas.items():
         torch.library.define(f"{NAMESPACE}::{name}", schema)
     _load_library()
-    for name in SCHEMAS:
+    for name in schemas:
         qualified = f"{NAMESPACE}::{name}"
         for device, key in _DISPATCH_KEYS.items():
             compiled = torch._C._dispatch_has_kernel_for_dispatch_key(qualified, key)

@@ -100,7 +100,94 @@ def linear_nf4_backward(grad, packed, absmax, nested_absmax, nested_offset, bloc
     check_nf4(op, packed, absmax, nested_absmax, nested_offset, blocksize, numel, grad)
 
 
+def check_gradients(op, grads, params=None) -> None:
+    """Gradients that are there are dense and of one device; with `params`, each matches its parameter."""
+    present = [g for g in grads if g is not None]
+    for grad in present:
+        check_compute_dtype(op, "a gradient", grad.dtype)
+        if grad.device != present[0].device:
+            raise RuntimeError(f"{op}: gradients are on several devices; step each device's parameters by themselves")
+    if params is None:
+        return
+    if len(grads) != len(params):
+        raise RuntimeError(f"{op}: got {len(grads)} gradients; expected {len(params)}, one or None a parameter")
+    for param, grad in zip(params, grads, strict=True):
+        check_compute_dtype(op, "a parameter", param.dtype)
+        if grad is None:
+            continue
+        check_tensor_like(op, "a gradient", grad, param)
+
+
+def check_tensor_like(op: str, name: str, tensor: torch.Tensor, like: torch.Tensor) -> None:
+    if tensor.dtype != like.dtype:
+        raise RuntimeError(f"{op}: {name} is {_name(tensor.dtype)}; expected its parameter's {_name(like.dtype)}")
+    if tensor.numel() != like.numel():
+        raise RuntimeError(f"{op}: {name} has {tensor.numel()} elements; expected its parameter's {like.numel()}")
+    if not tensor.is_contiguous() or not like.is_contiguous():
+        raise RuntimeError(f"{op}: {name} or its parameter is not contiguous; pass views that are")
+    if tensor.device != like.device:
+        raise RuntimeError(f"{op}: {name} is on another device than its parameter")
+
+
+def adamw_step(
+    params, grads, steps, memory, pages, cold_pages, table, multiplier, skip, hyper, groups, layouts, seed
+) -> None:
+    op = "adamw_step"
+    check_gradients(op, grads, params)
+    count = len(params)
+    if not params:
+        raise RuntimeError(f"{op}: there are no parameters")
+    check_tensor(op, "steps", steps, torch.float32, count, params[0])
+    if pages.dim() != 2 or pages.shape[1] != 5:
+        raise RuntimeError(f"{op}: pages has another shape; expected [pages, 5]")
+    check_tensor(op, "pages", pages, torch.int64, pages.numel(), params[0])
+    if not 0 <= cold_pages <= pages.shape[0]:
+        raise RuntimeError(f"{op}: cold_pages is {cold_pages}; expected 0 to {pages.shape[0]}")
+    for slab in memory:
+        check_tensor(op, "memory", slab, torch.uint8, slab.numel(), params[0])
+    for name, tensor in (("multiplier", multiplier), ("skip", skip)):
+        if tensor is not None:
+            check_tensor(op, name, tensor, torch.float32, 1, params[0])
+    if len(groups) != count or len(layouts) != count:
+        raise RuntimeError(f"{op}: groups and layouts need one number a parameter, {count}")
+    if len(hyper) % 6 or any(not 0 <= group < len(hyper) // 6 for group in groups):
+        raise RuntimeError(f"{op}: hyper has {len(hyper)} numbers; expected 6 for every group that groups names")
+    for param, layout in zip(params, layouts, strict=True):
+        if not 0 <= layout < 8 or (layout & 4 and param.dtype != torch.bfloat16):
+            raise RuntimeError(
+                f"{op}: a layout is {layout} for {_name(param.dtype)}; expected 0 to 3, or to 7 for bfloat16"
+            )
+
+
+def gradient_norm(grads, pages, table) -> None:
+    check_gradients("gradient_norm", grads)
+
+
+def concurrent_managed_access(like) -> None:
+    """Any tensor will do."""
+
+
+def host_slab(like, size, managed) -> None:
+    if size <= 0:
+        raise RuntimeError(f"host_slab: bytes is {size}; expected a positive number")
+
+
+def copy_bytes(source, target) -> None:
+    for name, tensor in (("source", source), ("target", target)):
+        if tensor.dtype != torch.uint8 or not tensor.is_contiguous():
+            raise RuntimeError(f"copy_bytes: {name} is {_name(tensor.dtype)}; expected contiguous uint8")
+    if source.numel() != target.numel():
+        raise RuntimeError(
+            f"copy_bytes: source has {source.numel()} bytes, target {target.numel()}; expected as many"
+        )
+
+
 CHECKS = {
+    "adamw_step": adamw_step,
+    "gradient_norm": gradient_norm,
+    "concurrent_managed_access": concurrent_managed_access,
+    "host_slab": host_slab,
+    "copy_bytes": copy_bytes,
     "quantize_nf4": quantize_nf4,
     "dequantize_nf4": dequantize_nf4,
     "quantize_absmax": quantize_absmax,

@@ -29,3 +29,21 @@ SCHEMAS = {
     # grad [..., N] @ W[N, K] -> [..., K], dtype of grad: the gradient of linear_nf4 with respect to x
     "linear_nf4_backward": f"(Tensor grad, {_WEIGHT}, int in_features) -> Tensor",
 }
+
+# Operators that change their arguments and return nothing that has a gradient. See ops/adamw.py.
+OPTIMIZER_SCHEMAS = {
+    "adamw_step": (
+        "(Tensor(a!)[] params, Tensor?[] grads, Tensor(b!) steps, Tensor(c!)[] memory, Tensor pages, int cold_pages, "
+        "Tensor(d!)[] table, Tensor? multiplier, Tensor? skip, float[] hyper, int[] groups, int[] layouts, int seed)"
+        " -> ()"
+    ),
+    # The L2 norm of all gradients together, float32 []; NaN or infinity where one of them holds such a number
+    "gradient_norm": "(Tensor?[] grads, Tensor pages, Tensor(a!)[] table) -> Tensor",
+    # Whether the host and `like`'s device may use managed memory at the same time (concurrentManagedAccess)
+    "concurrent_managed_access": "(Tensor like) -> bool",
+    # uint8 [bytes] of zeroed host memory that kernels of `like`'s device read and write in place: managed memory that
+    # prefers the host, else pinned memory. It presents itself as a tensor of that device.
+    "host_slab": "(Tensor like, int bytes, bool managed) -> Tensor",
+    # Between any two of device memory, host slabs and ordinary memory; both uint8 of one size
+    "copy_bytes": "(Tensor source, Tensor(a!) target) -> ()",
+}

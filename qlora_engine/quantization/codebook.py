@@ -75,6 +75,19 @@ def dynamic_map() -> tuple[float, ...]:
     return tuple(sorted(values))
 
 
+@functools.cache
+def unsigned_dynamic_map() -> tuple[float, ...]:
+    """The 256 values of the unsigned 8-bit dynamic map, rising, from 0 to 1: for numbers that have no sign.
+
+    The bit that `dynamic_map` spends on the sign doubles the fractions of every decimal exponent here.
+    """
+    values = [0.0, 1.0]
+    for exponent in range(7):
+        edges = torch.linspace(0.1, 1, 2 ** (exponent + 1) + 1)
+        values += (10.0 ** (exponent - 6) * (edges[:-1] + edges[1:]) / 2).tolist()
+    return tuple(sorted(values))
+
+
 @functools.lru_cache(maxsize=64)
 def level_tensor(levels: tuple[float, ...], device: torch.device) -> torch.Tensor:
     """float32 tensor of `levels` on `device`, made once."""

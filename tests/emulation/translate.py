@@ -70,6 +70,6 @@ def write_sources(folder: Path) -> list[Path]:
             (target / name).write_text(text)
             if source.suffix == ".cu":
                 sources.append(target / name)
-    for header in ("kernels.h", "launch.h"):
+    for header in ("kernels.h", "launch.h", "adamw_kernels.h"):
         (target / header).write_text((CSRC / "cuda" / header).read_text())
     return sources
