@@ -71,7 +71,7 @@ std::tuple<Tensor, Tensor> quantize_absmax(const Tensor& absmax, const Tensor& o
       float largest = 0;
       for (int64_t i = begin; i < end; ++i) {
         const float magnitude = std::fabs(in[i] - mean);
-        largest = magnitude <= largest ? largest : magnitude;  // NaN is kept
+        if (magnitude > largest) largest = magnitude;  // NaN is passed over, as bitsandbytes' CPU backend does
       }
       scales[group] = largest;
       const float reciprocal = 1.0f / largest;

@@ -67,7 +67,8 @@ def quantize_absmax(absmax: torch.Tensor, offset: torch.Tensor, blocksize: int) 
 def quantize_scales(centred: torch.Tensor, blocksize: int, levels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Nearest value of an 8-bit map, blockwise, on the grid that bitsandbytes' CPU backend searches.
 
-    Normalised scales are first rounded to 65,536 steps of [-1, 1]; a block of zeros gets code 0.
+    Normalised scales are first rounded to 65,536 steps of [-1, 1]; a block of zeros gets code 0. NaN gets code 0 too,
+    and has no part in its block's scale.
 
     Args:
         centred: float32 `[b]`, scales less their mean.
@@ -79,9 +80,10 @@ def quantize_scales(centred: torch.Tensor, blocksize: int, levels: torch.Tensor)
         absmax: float32 `[ceil(b / blocksize)]`.
     """
     blocks = F.pad(centred, (0, -centred.numel() % blocksize)).reshape(-1, blocksize)
-    absmax = blocks.abs().amax(dim=1) if blocks.numel() else blocks.new_empty(0)
+    magnitude = torch.where(blocks.isnan(), 0, blocks.abs())
+    absmax = magnitude.amax(dim=1) if blocks.numel() else blocks.new_empty(0)
     scaled = (blocks * (1.0 / absmax).unsqueeze(1)).clamp(-1, 1)
     steps = ((scaled + 1.0) * 0.5 * 65535.0 + 0.5).trunc()
     codes = torch.bucketize(-1.0 + (2.0 * steps) / 65535.0, midpoints(levels))
-    codes = torch.where(absmax.unsqueeze(1) == 0, 0, codes)
+    codes = torch.where((absmax.unsqueeze(1) == 0) | steps.isnan(), 0, codes)  # NaN also from infinity / infinity
     return codes.reshape(-1)[: centred.numel()], absmax

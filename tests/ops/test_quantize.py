@@ -54,6 +54,21 @@ def test_operator_equals_the_reference_on_the_cpu(dtype, blocksize, size, poison
         assert torch.equal(actual, wanted)
 
 
+@pytest.mark.parametrize("special", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("where", [[0], [5], [255], [256], [299], [3, 4], list(range(1, 300)), list(range(300))])
+def test_scales_that_are_not_finite(where, special):
+    """Wherever they stand in their block, as bitsandbytes' CPU backend has them."""
+    functional = pytest.importorskip("bitsandbytes").functional
+    scales = torch.randn(300)
+    scales[where] = special
+    expected, state = functional.quantize_blockwise(scales, blocksize=256)
+    offset = torch.tensor(0.0)
+    for implementation in (torch.ops.qlora_engine.quantize_absmax, backend.reference_operator("quantize_absmax")):
+        codes, nested = implementation(scales, offset, 256)
+        assert torch.equal(codes, expected)
+        assert torch.equal(nested, state.absmax)
+
+
 def test_every_element_gets_its_nearest_level(device):
     weight = torch.randn(50, 67, device=device)
     w4 = quantize(weight, 64, double_quant=False)
