@@ -42,6 +42,11 @@ struct Kernels {
   void (*dot)(const float* x, int rows, int64_t K, int64_t N, const Nf4View& weight, int64_t first, int64_t last,
               const void* bias, void* y, Element element);
 
+  // dx[m, k] = sum_n grad[m, n] W[n, k] for columns [first, last) of W, at most kMaxCombineRows rows of grad.
+  // grad float32 [rows, N]; acc is scratch for rows * (last - first) sums; dx has a stride of K.
+  void (*combine)(const float* grad, int rows, int64_t K, int64_t N, const Nf4View& weight, int64_t first,
+                  int64_t last, float* acc, void* dx, Element element);
+
   // The matrix product C[M, P] = A[M, R] B[R, P] works on 32-bit lanes: a float32 each, or two neighbouring steps
   // of R in bfloat16 (`paired`, only where `has_bf16_dot`). `panel` columns of B are packed at a time.
   bool has_bf16_dot;
@@ -67,6 +72,7 @@ struct Kernels {
 };
 
 inline constexpr int kMaxDotRows = 4;
+inline constexpr int kMaxCombineRows = 2;  // with three, packed panels of W are as fast
 
 // The fastest table that this processor runs. QLORA_ENGINE_CPU=avx512bf16|avx512|avx2|baseline forces one; read once.
 // Raises through STD_TORCH_CHECK where the name is unknown or the processor lacks the instructions.

@@ -16,6 +16,7 @@ namespace {
 
 constexpr int64_t kRowBlock = 1536;    // rows of A that are packed at a time: 24 MiB at R = 4096
 constexpr int64_t kDotGrain = 1 << 16;  // weights
+constexpr int64_t kCombinedSums = 4096;  // float32: half of a first-level cache
 
 struct Product {
   const Kernels& k;
@@ -35,6 +36,21 @@ void dot(const Product& p) {
   const int64_t grain = std::max<int64_t>(1, kDotGrain / std::max<int64_t>(1, p.R));
   torch::stable::parallel_for(0, p.P, grain, [&](int64_t first, int64_t last) {
     p.k.dot(x.get(), int(p.M), p.R, p.P, p.weight, first, last, p.bias, p.c, p.element);
+  });
+}
+
+void combine(const Product& p) {
+  const Scratch grad = scratch(p.M * p.R);
+  p.k.widen(p.a, p.element, p.M * p.R, grad.get());
+  // pieces of rows as long as the first-level cache holds their sums and every thread has one
+  const int64_t threads = std::max<int64_t>(1, torch::stable::get_num_threads());
+  const int64_t width = std::min(kCombinedSums / p.M, ceil_div(ceil_div(p.P, threads), 128) * 128);
+  torch::stable::parallel_for(0, ceil_div(p.P, width), 1, [&](int64_t first, int64_t last) {
+    const Scratch sums = scratch(p.M * width);
+    for (int64_t task = first; task < last; ++task) {
+      p.k.combine(grad.get(), int(p.M), p.P, p.R, p.weight, task * width, std::min((task + 1) * width, p.P),
+                  sums.get(), p.c, p.element);
+    }
   });
 }
 
@@ -90,6 +106,7 @@ void multiply_rows(const Product& p, int64_t row, int64_t rows) {
 void multiply(const Product& p) {
   if (p.M == 0 || p.P == 0) return;
   if (p.transposed && p.M <= kMaxDotRows) return dot(p);
+  if (!p.transposed && p.M <= kMaxCombineRows) return combine(p);
   for (int64_t row = 0; row < p.M; row += kRowBlock) multiply_rows(p, row, std::min(kRowBlock, p.M - row));
 }
 

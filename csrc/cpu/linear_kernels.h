@@ -1,8 +1,9 @@
 // Products with a 4-bit weight over the vector primitives of one instruction set (see kernels.h).
 //
-// Up to four rows of x: `dot` decodes W in registers and multiplies at once; bounded by reading W (half a byte an
-// element). More rows: both y = x W^T and dX = dY W become C[M, P] = A[M, R] B[R, P]. A chunk of B (kChunk steps
-// x one panel of two vectors) is decoded once into the first-level cache and multiplied with every row of A:
+// Few rows: `dot` (forward, up to four) and `combine` (gradient of x, up to two) decode W in registers and multiply at
+// once; bounded by decoding. More rows: both y = x W^T and dX = dY W become C[M, P] = A[M, R] B[R, P]. A chunk of B
+// (kChunk steps x one panel of two vectors) is decoded once into the first-level cache and multiplied with every row
+// of A:
 //
 //   B chunk   kChunk x 2 vectors     32 KiB (AVX-512), read in order
 //   A tile    12 rows x kChunk       broadcast, one lane at a time
@@ -26,7 +27,15 @@ void widen(const void* x, Element element, int64_t n, float* out) {
   });
 }
 
-// ---- a few rows of x
+// n float32 to elements i, i + 1, ... of y.
+template <Element E>
+inline void store_floats(const float* from, int64_t n, void* y, int64_t i) {
+  int64_t j = 0;
+  for (; j + W <= n; j += W) store_from_float<E>(y, i + j, simd::load(from + j));
+  if (j < n) store_some<E>(y, i + j, load_some<Element::kFloat32>(from, j, (int)(n - j)), (int)(n - j));
+}
+
+// ---- a few rows of x or of a gradient
 
 template <Element E, int ROWS>
 inline void dot_rows(const float* x, int64_t K, int64_t N, const Nf4View& weight, int64_t first, int64_t last,
@@ -63,6 +72,41 @@ void dot(const float* x, int rows, int64_t K, int64_t N, const Nf4View& weight, 
       case 2: return dot_rows<E, 2>(x, K, N, weight, first, last, bias, y);
       case 3: return dot_rows<E, 3>(x, K, N, weight, first, last, bias, y);
       case 4: return dot_rows<E, 4>(x, K, N, weight, first, last, bias, y);
+    }
+  });
+}
+
+// Row by row of W, so that it is read in order: acc[m, k - first] += grad[m, n] W[n, k].
+template <Element E, int ROWS>
+inline void combine_rows(const float* grad, int64_t K, int64_t N, const Nf4View& weight, int64_t first, int64_t last,
+                         float* acc, void* dx) {
+  const int64_t width = last - first;
+  __builtin_memset(acc, 0, ROWS * width * sizeof(float));
+  for (int64_t n = 0; n < N; ++n) {
+    F factors[ROWS];
+    for (int m = 0; m < ROWS; ++m) factors[m] = simd::broadcast(grad[m * N + n]);
+    for_each_decoded<E>(
+        weight, n * K + first, n * K + last,
+        [&](F w, int64_t k, int) __attribute__((always_inline)) {
+#pragma GCC unroll 4
+          for (int m = 0; m < ROWS; ++m) {
+            float* sum = acc + m * width + k;
+            simd::store(sum, simd::fmadd(w, factors[m], simd::load(sum)));
+          }
+        },
+        [&](float w, int64_t k) __attribute__((always_inline)) {
+          for (int m = 0; m < ROWS; ++m) acc[m * width + k] += w * grad[m * N + n];
+        });
+  }
+  for (int m = 0; m < ROWS; ++m) store_floats<E>(acc + m * width, width, dx, m * K + first);
+}
+
+void combine(const float* grad, int rows, int64_t K, int64_t N, const Nf4View& weight, int64_t first, int64_t last,
+             float* acc, void* dx, Element element) {
+  for_element(element, [&]<Element E>() {
+    switch (rows) {
+      case 1: return combine_rows<E, 1>(grad, K, N, weight, first, last, acc, dx);
+      case 2: return combine_rows<E, 2>(grad, K, N, weight, first, last, acc, dx);
     }
   });
 }
@@ -247,8 +291,8 @@ constexpr bool kHasBf16Dot = false;
 
 }  // namespace
 
-#define QLORA_KERNELS(NAME)                                                                                    \
-  {                                                                                                            \
-    NAME, quantize, dequantize, widen, dot, kHasBf16Dot, kPanel, simd::kTileRows, pack_a, pack_b_transposed, pack_b, \
-        tile, store_row                                                                                        \
+#define QLORA_KERNELS(NAME)                                                                             \
+  {                                                                                                     \
+    NAME, quantize, dequantize, widen, dot, combine, kHasBf16Dot, kPanel, simd::kTileRows, pack_a,      \
+        pack_b_transposed, pack_b, tile, store_row                                                      \
   }

@@ -245,6 +245,8 @@ def test_products_of_any_shape(run, M, N, K, dtype, blocksize, double_quant, bia
     ("M", "N", "K"),
     [
         (1, 64, 4096),
+        (1, 150, 9000),  # more columns than a cache holds sums of
+        (2, 70, 1030),
         (4, 70, 1030),
         (5, 70, 1030),
         (13, 33, 513),  # one step beyond two chunks of K
@@ -257,7 +259,9 @@ def test_products(run, dtype, M, N, K):
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3, 7])
-@pytest.mark.parametrize(("M", "N", "K"), [(3, 50, 300), (50, 20, 30), (90, 31, 300), (25, 300, 31)])
+@pytest.mark.parametrize(
+    ("M", "N", "K"), [(1, 300, 50), (2, 50, 700), (3, 50, 300), (50, 20, 30), (90, 31, 300), (25, 300, 31)]
+)
 def test_any_number_of_threads(run, threads, M, N, K):
     """Fewer panels than threads, and threads without work."""
     check_products(run, M, N, K, torch.float32, 64, False, True, threads)
