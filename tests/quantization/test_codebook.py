@@ -16,6 +16,7 @@ from qlora_engine.quantization.codebook import (
     levels_of,
     midpoints,
     nf4_levels,
+    unsigned_dynamic_map,
 )
 
 # Dettmers et al. 2023, "QLoRA", appendix E
@@ -67,11 +68,14 @@ def test_compiled_code_has_the_same_levels():
     assert np.flatnonzero(thresholds != expected).tolist() == [0, 8, 12, 14]
     np.testing.assert_array_max_ulp(thresholds, expected, maxulp=1)
     assert floats_of_macro("dynamic_map.h", "QLORA_DYNAMIC_MAP").tolist() == np.float32(dynamic_map()).tolist()
+    unsigned = floats_of_macro("dynamic_code.h", "QLORA_UNSIGNED_DYNAMIC_MAP")
+    assert unsigned.tolist() == np.float32(unsigned_dynamic_map()).tolist()
 
 
 def test_levels_equal_bitsandbytes():
     functional = pytest.importorskip("bitsandbytes").functional
     assert list(dynamic_map()) == functional.create_dynamic_map().tolist()
+    assert list(unsigned_dynamic_map()) == functional.create_dynamic_map(signed=False).tolist()
     fp4 = sorted(set(functional.get_4bit_type("fp4", device="cpu").tolist()))
     np.testing.assert_allclose(fp4_levels(), fp4, atol=1e-7)
 
