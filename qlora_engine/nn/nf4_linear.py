@@ -6,10 +6,9 @@ import torch
 from torch import nn
 
 from qlora_engine import functional
-from qlora_engine.quantization.codebook import blocks_of
+from qlora_engine.quantization.codebook import NESTED_BLOCKSIZE, blocks_of
 from qlora_engine.quantization.weight import NF4Weight, quantize
 
-NESTED_BLOCKSIZE = 256
 QUANTIZED_BUFFERS = ("absmax", "nested_absmax", "nested_offset")
 
 

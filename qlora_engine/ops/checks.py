@@ -4,8 +4,9 @@ import math
 
 import torch
 
+from qlora_engine.quantization.codebook import NESTED_BLOCKSIZE
+
 COMPUTE_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-NESTED_BLOCKSIZE = 256
 
 
 def _name(dtype: torch.dtype) -> str:

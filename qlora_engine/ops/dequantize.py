@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 
 from qlora_engine.ops import backend, checks  # noqa: F401  (backend defines the operators)
-from qlora_engine.ops.quantize import NESTED_BLOCKSIZE
+from qlora_engine.quantization.codebook import NESTED_BLOCKSIZE
 
 
 @torch.library.register_fake("qlora_engine::dequantize_nf4")

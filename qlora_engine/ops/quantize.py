@@ -3,8 +3,7 @@
 import torch
 
 from qlora_engine.ops import backend, checks  # noqa: F401  (backend defines the operators)
-
-NESTED_BLOCKSIZE = 256
+from qlora_engine.quantization.codebook import NESTED_BLOCKSIZE
 
 
 @torch.library.register_fake("qlora_engine::quantize_nf4")

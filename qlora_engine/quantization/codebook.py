@@ -10,6 +10,9 @@ from scipy.stats import norm
 # at which the published levels were made.
 NF4_OUTER_QUANTILE = 0.9677083
 
+# Scales that share one second-level scale where scales are stored in 8 bits (QLoRA, section 3)
+NESTED_BLOCKSIZE = 256
+
 
 @functools.cache
 def nf4_levels() -> tuple[float, ...]:
@@ -105,7 +108,7 @@ def bits_per_weight(blocksize: int, double_quant: bool) -> float:
     >>> round(bits_per_weight(64, True), 3), bits_per_weight(64, False)
     (4.127, 4.5)
     """
-    scale = 8 + 32 / 256 if double_quant else 32
+    scale = 8 + 32 / NESTED_BLOCKSIZE if double_quant else 32
     return 4 + scale / blocksize
 
 

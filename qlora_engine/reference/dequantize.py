@@ -4,9 +4,7 @@ import math
 
 import torch
 
-from qlora_engine.quantization.codebook import dynamic_map, level_tensor, nf4_levels
-
-NESTED_BLOCKSIZE = 256
+from qlora_engine.quantization.codebook import NESTED_BLOCKSIZE, dynamic_map, level_tensor, nf4_levels
 
 
 def dequantize_absmax(

@@ -73,8 +73,10 @@ def estimate(folder: str | Path, *, compute_bytes: int, r: int, blocksize: int, 
         r: rank of adapters on all linear layers; 0: none.
         blocksize, double_quant: of the quantization.
     """
+    from qlora_engine.quantization.codebook import bits_per_weight
+
     quantized = rest = adapter = transient = 0
-    scale_bytes = (1 + 4 / 256 if double_quant else 4) / blocksize
+    bytes_per_weight = bits_per_weight(blocksize, double_quant) / 8
     for name, (dtype, shape) in tensor_headers(folder).items():
         count = 1
         for size in shape:
@@ -83,7 +85,7 @@ def estimate(folder: str | Path, *, compute_bytes: int, r: int, blocksize: int, 
         if dtype == "U8":
             quantized += stored
         elif len(shape) == 2 and name.endswith("weight") and not any(part in name for part in UNQUANTIZED):
-            quantized += int(count * (0.5 + scale_bytes))
+            quantized += int(count * bytes_per_weight)
             adapter += r * sum(shape) * ADAPTER_TRAINING_BYTES
             transient = max(transient, stored)
         else:
