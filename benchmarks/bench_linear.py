@@ -112,7 +112,8 @@ def main() -> int:
     device = args.device
     harness.require_compiled(["linear_nf4", "linear_nf4_backward"], device)
     timer = harness.Timer(device, args.quick)
-    dtype_name = args.dtype or ("bf16" if device == "cuda" else "fp32")
+    usual = "bf16" if device == "cuda" else "fp32"
+    dtype_name = args.dtype or usual
     weights = WEIGHTS[device][:1] if args.quick else WEIGHTS[device]
     cases = [(N, K, M) for N, K in weights for M in ROWS[device]]
     rows = [measure(*case, dtype_name, timer, device, args.check) for case in cases]
@@ -125,7 +126,7 @@ def main() -> int:
     columns |= {"error": "error"} if args.check else {}
     print(harness.environment(device))
     print(harness.table(rows, columns))
-    name = args.out / f"bench_linear_{harness.slug(device)}"
+    name = args.out / f"bench_linear_{harness.slug(device)}{'' if dtype_name == usual else '_' + dtype_name}"
     harness.write_json(name.with_suffix(".json"), device, rows)
     picture(name.with_suffix(".png"), rows, dtype_name, harness.environment(device)["device"])
     wrong = [row["case"] for row in rows if row.get("wrong")]
