@@ -7,6 +7,7 @@ import shlex
 import shutil
 from pathlib import Path
 
+from qlora_engine.models.files import atomic_write
 from qlora_engine.training.errors import OptionError, as_usage_error
 from qlora_engine.training.options import FinetuneOptions
 
@@ -70,7 +71,8 @@ def begin_run(options: FinetuneOptions) -> None:
             shutil.rmtree(output / name, ignore_errors=True)
         for name in (METRICS_FILE, BEFORE_FILE, "summary.json"):
             (output / name).unlink(missing_ok=True)
-        (output / OPTIONS_FILE).write_text(options.to_yaml(), encoding="utf-8")
+        with atomic_write(output / OPTIONS_FILE) as temporary:
+            temporary.write_text(options.to_yaml(), encoding="utf-8")
 
 
 def resume_command(output: Path) -> str:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from qlora_engine.models.files import atomic_write
 from qlora_engine.training import checkpoints, data, memory
 from qlora_engine.training.device import choose_device, choose_dtype, see_one_gpu
 from qlora_engine.training.errors import DataError, Interrupted, OptionError, out_of_memory_as_usage_error
@@ -158,7 +159,8 @@ def _state_before(loop, samples, file: Path) -> dict:
     if loop.eval_dataset is not None:
         loop.evaluate()
     before = {"samples": samples()}
-    file.write_text(json.dumps(before, ensure_ascii=False) + "\n", encoding="utf-8")
+    with atomic_write(file) as temporary:
+        temporary.write_text(json.dumps(before, ensure_ascii=False) + "\n", encoding="utf-8")
     return before
 
 

@@ -4,6 +4,7 @@ import importlib.metadata
 import json
 from pathlib import Path
 
+from qlora_engine.models.files import atomic_files
 from qlora_engine.training.memory import GIB
 
 MIB = 2**20
@@ -54,11 +55,12 @@ def pair_samples(prompts, before: list[str], after: list[str]) -> list[dict]:
 
 
 def write(output: Path, summary: dict, records: list[dict], samples: list[dict]) -> None:
-    """Writes the report's files into `output`."""
-    (output / "summary.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
-    draw_losses(records, output / "loss_curve.png", title=f"QLoRA fine-tuning of {Path(summary['model']).name}")
-    (output / "samples.md").write_text(samples_text(samples), encoding="utf-8")
-    (output / "README.md").write_text(card_text(summary, output), encoding="utf-8")
+    """Writes the report's files into `output`, when all of them are whole."""
+    with atomic_files(output) as folder:
+        (folder / "summary.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
+        draw_losses(records, folder / "loss_curve.png", title=f"QLoRA fine-tuning of {Path(summary['model']).name}")
+        (folder / "samples.md").write_text(samples_text(samples), encoding="utf-8")
+        (folder / "README.md").write_text(card_text(summary, output), encoding="utf-8")
 
 
 def draw_losses(records: list[dict], path: Path, title: str) -> None:

@@ -14,6 +14,7 @@ from transformers import TrainerCallback
 from trl import SFTTrainer
 
 from qlora_engine.models.adapter import load_adapter, save_adapter
+from qlora_engine.models.files import atomic_write
 from qlora_engine.training.memory import GIB, peak_memory
 
 
@@ -94,7 +95,8 @@ class MetricsLog(TrainerCallback):
         if resumed_at is not None and path.exists():
             written = [json.loads(line) for line in path.read_text().splitlines() if line.strip().endswith("}")]
             self.records = [record for record in written if record["step"] <= resumed_at]
-        path.write_text("".join(json.dumps(record) + "\n" for record in self.records))
+        with atomic_write(path) as temporary:
+            temporary.write_text("".join(json.dumps(record) + "\n" for record in self.records))
         last = next((record for record in reversed(self.records) if "tokens" in record), {})
         self.tokens_before, self.seconds_before = last.get("tokens", 0), last.get("train_seconds", 0.0)
         self.tokens, self.seconds = self.tokens_before, self.seconds_before

@@ -94,3 +94,17 @@ def test_write(summary, tmp_path):
     assert json.loads((tmp_path / "summary.json").read_text()) == summary
     assert (tmp_path / "README.md").exists()
     assert (tmp_path / "samples.md").exists()
+
+
+def test_a_report_is_replaced_whole(summary, tmp_path, monkeypatch):
+    """An error in the middle leaves every file of the older report, and nothing half-written."""
+    report.write(tmp_path, summary, RECORDS, [])
+    before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+
+    def fail(*arguments, **options):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(report, "draw_losses", fail)
+    with pytest.raises(OSError, match="disk full"):
+        report.write(tmp_path, {**summary, "seed": 99}, RECORDS, [])
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
