@@ -124,9 +124,11 @@ def check(device: str) -> bool:
         return torch.cat([p.detach().view(-1) for p in params])
 
     ours = run(PagedAdamW)
-    error = (ours - run(lambda p: torch.optim.AdamW(p, fused=True))).abs().max().item()
+    error = (ours - run(torch.optim.AdamW)).abs().max().item()
     good = error <= 4 * torch.finfo(torch.float32).eps * ours.abs().max().item()
-    print(f"--check: largest difference from torch fused after 20 steps: {error:.1e}")
+    print(f"--check: largest difference from torch after 20 steps: {error:.1e}")
+    error = (ours - run(lambda p: torch.optim.AdamW(p, fused=True))).abs().max().item()
+    print(f"--check: from torch's fused kernel, whose constants are rounded to float32: {error:.1e}")
     if device == "cuda":
         for name, (make, bits, share) in contenders(device, sum(p.numel() for p in start)).items():
             if name.startswith("ours") and share and bits == 32 and not torch.equal(run(make), ours):

@@ -4,16 +4,16 @@
 //   p <- p (1 - lr wd)          m <- lerp(m, g, 1 - beta1)          v <- beta2 v + (1 - beta2) g g
 //   p <- p - lr / (1 - beta1^t) * m / (sqrt(v) / sqrt(1 - beta2^t) + eps)
 //
-// Which operations are fused is fixed here, so that the moments are the same bits on every device. The parameter may
-// differ in its last bit: on a GPU the step m / (...) comes from approximate instructions (relative error below 2^-21),
-// because the exact ones branch to subroutines and cost the registers of a third of the threads.
+// Which operations are fused is fixed here, so that the moments are the same bits on every device. So is nearly every
+// parameter: on a GPU root and quotient are approximate instructions and a step of Newton's method, which round as the
+// exact ones do but for rare last bits; the exact ones branch to subroutines, whose registers cost a third of the threads.
 //
 // State lies in pages. A page belongs to one parameter and holds at most kPageElements of it:
-//   32 bits   exp_avg [n], exp_avg_sq [n]                                     float32
-//    8 bits   exp_avg [n], exp_avg_sq [n]                                     codes of the signed and unsigned map
-//             exp_avg scales [n / 256], exp_avg_sq scales [n / 256]           float32
-//   and after either, where the parameter keeps one, its master copy [n]      float32
-// with n rounded up to a multiple of 256. qlora_engine/optim/arena.py lays the pages out.
+//   exp_avg [n], exp_avg_sq [n]                             float32, or codes of the signed and unsigned map (8 bits)
+//   master copy [n], where the parameter keeps one          float32
+//   exp_avg scales [n / 256], exp_avg_sq scales [n / 256]   float32, 8 bits only
+// with n rounded up to a multiple of 256, so that all but the scales lie at multiples of 16 bytes of the page.
+// qlora_engine/optim/arena.py lays the pages out.
 #pragma once
 #include <cmath>
 #include <cstdint>
@@ -80,12 +80,23 @@ inline float fused(float a, float b, float c) { return __builtin_fmaf(a, b, c); 
 }  // namespace rounded
 
 #ifdef __CUDA_ARCH__
+__device__ __forceinline__ float approximate_reciprocal(float a) {
+  float r;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(a));
+  return r;
+}
 __device__ __forceinline__ float root(float a) {
   float r;
   asm("sqrt.approx.f32 %0, %1;" : "=f"(r) : "f"(a));
-  return r;
+  const float refined = rounded::fused(rounded::fused(-r, r, a), 0.5f * approximate_reciprocal(r), r);
+  return refined == refined ? refined : r;  // of 0, infinity and NaN
 }
-__device__ __forceinline__ float quotient(float a, float b) { return __fdividef(a, b); }
+__device__ __forceinline__ float quotient(float a, float b) {
+  const float r = approximate_reciprocal(b), reciprocal = rounded::fused(rounded::fused(-b, r, 1.f), r, r);
+  const float q = rounded::multiply(a, r);
+  const float refined = rounded::fused(rounded::fused(-b, q, a), reciprocal, q);
+  return refined == refined ? refined : q;  // of 0, infinity and NaN
+}
 #else
 inline float root(float a) { return __builtin_sqrtf(a); }
 inline float quotient(float a, float b) { return a / b; }

@@ -168,8 +168,8 @@ void run_page(const Job& job) {
     return;
   }
   uint8_t *codes_m = job.state, *codes_v = job.state + room;
-  float* scales = reinterpret_cast<float*>(job.state + 2 * room);
-  float* master = eight ? scales + 2 * blocks : state + 2 * room;
+  float* master = eight ? reinterpret_cast<float*>(job.state + 2 * room) : state + 2 * room;
+  float* scales = master + (has_master ? room : 0);
   alignas(64) float p[kStateBlock], g[kStateBlock], m[kStateBlock], v[kStateBlock];
   for (int64_t block = 0; block < blocks; ++block) {
     const int64_t begin = block * kStateBlock, n = std::min(kStateBlock, job.count - begin), at = job.first + begin;

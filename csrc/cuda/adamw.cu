@@ -134,10 +134,12 @@ struct PageOf {
     return reinterpret_cast<float*>(state) + which * room;
   }
   __device__ __forceinline__ uint8_t* codes(int which) const { return state + which * room; }
-  __device__ __forceinline__ float* scales(int which) const {
-    return reinterpret_cast<float*>(state + 2 * room) + which * (room / int(kStateBlock));
+  __device__ __forceinline__ float* master() const {
+    return eight() ? reinterpret_cast<float*>(state + 2 * room) : moment(2);
   }
-  __device__ __forceinline__ float* master() const { return eight() ? scales(2) : moment(2); }
+  __device__ __forceinline__ float* scales(int which) const {
+    return master() + (has_master() ? room : 0) + which * (room / int(kStateBlock));
+  }
 
   // Elements [e, e + 4) of the page; the padding of a master copy may be read and written.
   __device__ __forceinline__ void load(int e, float* p, float* g) const {

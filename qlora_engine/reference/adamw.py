@@ -42,10 +42,10 @@ def page_views(memory: torch.Tensor, offset: int, count: int, layout: int) -> di
     eight = bool(layout & EIGHT_BIT_STATE)
     parts = [("exp_avg", n, torch.uint8 if eight else torch.float32)]
     parts += [("exp_avg_sq", n, torch.uint8 if eight else torch.float32)]
-    if eight:
-        parts += [(f"{name}_absmax", n // STATE_BLOCK, torch.float32) for name in ("exp_avg", "exp_avg_sq")]
     if layout & MASTER_COPY:
         parts += [("master", n, torch.float32)]
+    if eight:
+        parts += [(f"{name}_absmax", n // STATE_BLOCK, torch.float32) for name in ("exp_avg", "exp_avg_sq")]
     views = {}
     for name, elements, dtype in parts:
         size = elements * dtype.itemsize
