@@ -64,7 +64,8 @@ def write_sources(folder: Path) -> list[Path]:
         (target.parent / header.name).write_text(header.read_text())
     sources = []
     for source in sorted((CSRC / "cuda").iterdir()):
-        if source.suffix in (".cu", ".cuh"):
+        hopper = "sm90" in source.name or source.name == "wgmma.cuh"  # tile copies and wgmma are not emulated
+        if source.suffix in (".cu", ".cuh") and not hopper:
             text = '#include "cuda_on_cpu.h"\n' + translate(source.read_text())
             name = source.name.replace(".cu", ".cpp") if source.suffix == ".cu" else source.name
             (target / name).write_text(text)
