@@ -10,6 +10,7 @@
 
 #include "checks.h"
 #include "kernels.h"
+#include "launch.h"
 #include "libtorch_cuda.h"
 
 namespace qlora_engine::cuda {
@@ -123,13 +124,15 @@ Tensor linear_nf4_cuda(const Tensor& x, const Tensor& packed, const Tensor& absm
   const auto [shape, M] = replace_last(x, N);
   Tensor y = empty(x, shape, x.scalar_type());
   if (y.numel() == 0) return y;
-  if (M <= kFewRows && x.scalar_type() != ScalarType::Float) {
+  const bool hopper = is_hopper();
+  if (M <= (hopper ? kFewRowsSm90 : kFewRows) && x.scalar_type() != ScalarType::Float) {
     const Tensor rows = torch::stable::contiguous(x);
     const Nf4Weight w = to_weight(weight);
     const Dtype dtype = to_dtype(x.scalar_type());
-    if (few_rows_fit(w, dtype, rows.const_data_ptr(), M, N, K)) {
-      check_launch(op, linear_nf4_few_rows(rows.const_data_ptr(), w, bias ? bias->const_data_ptr() : nullptr, dtype,
-                                           y.mutable_data_ptr(), M, N, K, current_stream(x.get_device_index())));
+    if (few_rows_fit(w, dtype, rows.const_data_ptr(), N, K)) {
+      const auto launch = hopper ? linear_nf4_few_rows_sm90 : linear_nf4_few_rows;
+      check_launch(op, launch(rows.const_data_ptr(), w, bias ? bias->const_data_ptr() : nullptr, dtype,
+                              y.mutable_data_ptr(), M, N, K, current_stream(x.get_device_index())));
       return y;
     }
   }
