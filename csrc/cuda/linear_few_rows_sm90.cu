@@ -6,7 +6,7 @@
 //                   B = 8 rows of W. A pair of codes becomes a B register by one look-up (pair_table.cuh).
 //   warp 16         copies W into the ring of stages: 512 bytes of each row, 32 bytes apart there, so that the
 //                   8-byte reads of a warp (4 rows x 32 bytes at a time) meet no bank twice
-//   warps 17, 18    decode the scales of every other stage
+//   warps 17 ... 19 decode the scales of every third stage
 //
 // The accumulators of a block are multiplied by its scale in float32; the 16 warps' sums meet in shared memory once a
 // panel and are added in a fixed order.
@@ -20,7 +20,7 @@
 namespace qlora_engine::cuda {
 namespace {
 
-constexpr int kWarps = 16, kScaleWarps = 2;
+constexpr int kWarps = 16, kScaleWarps = 3;  // with the copying one 20, 5 a scheduler: 96 registers a thread
 constexpr int kThreads = (kWarps + 1 + kScaleWarps) * 32;
 constexpr int kColumns = 64;                // of a warp in a stage
 constexpr int kChunk = kWarps * kColumns;   // of a stage
@@ -51,47 +51,38 @@ struct FewRows {
 
 #ifdef QLORA_SM90
 
-// The scales of 4 neighbouring blocks of 64 columns in a row of W.
+// The scales of 4 neighbouring blocks of 64 columns in a row of W, as they are stored. Where they are one aligned word
+// (or vector), it is read while the 4 before it are decoded.
 template <bool kNested>
 struct FourScales {
-  float value[4];  // of absmax, or nested_absmax
-  uint32_t codes;  // of which the nested_absmax above are the scales
+  float value[4];  // absmax; value[0] is nested_absmax where codes are nested
+  uint32_t codes;
 
-  __device__ __forceinline__ void load(const Nf4Weight& weight, int64_t element, int columns, bool whole) {
-    const int log2 = weight.log2_blocksize;
-    if (whole) {  // 4 blocks that start at a multiple of 4
-      const int64_t block = element >> log2;
-      if constexpr (kNested) {
-        codes = __ldg(reinterpret_cast<const uint32_t*>(weight.absmax_codes + block));
-        value[0] = value[1] = value[2] = value[3] = __ldg(weight.nested_absmax + block / kNestedBlocksize);
-      } else {
-        const float4 four = __ldg(reinterpret_cast<const float4*>(weight.absmax + block));
-        value[0] = four.x, value[1] = four.y, value[2] = four.z, value[3] = four.w;
-      }
-      return;
-    }
-    codes = 0;
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      value[i] = 0.f;
-      if (i * kColumns >= columns) continue;
-      const int64_t block = (element + i * kColumns) >> log2;
-      if constexpr (kNested) {
-        codes |= uint32_t(__ldg(weight.absmax_codes + block)) << (8 * i);
-        value[i] = __ldg(weight.nested_absmax + block / kNestedBlocksize);
-      } else {
-        value[i] = __ldg(weight.absmax + block);
-      }
+  __device__ __forceinline__ void load(const Nf4Weight& weight, uint32_t block) {
+    if constexpr (kNested) {
+      codes = __ldg(reinterpret_cast<const uint32_t*>(weight.absmax_codes + block));
+      value[0] = __ldg(weight.nested_absmax + block / kNestedBlocksize);
+    } else {
+      const float4 four = __ldg(reinterpret_cast<const float4*>(weight.absmax + block));
+      value[0] = four.x, value[1] = four.y, value[2] = four.z, value[3] = four.w;
     }
   }
-
   __device__ __forceinline__ float decode(int i, uint32_t map, float offset) const {
     if constexpr (kNested) {
-      return decode_scale(sm90::load_shared_float(map + (codes >> (8 * i) & 255u) * 4), value[i], offset);
+      return decode_scale(sm90::load_shared_float(map + (codes >> (8 * i) & 255u) * 4), value[0], offset);
     }
     return value[i];
   }
 };
+
+template <bool kNested>
+__device__ __forceinline__ float one_scale(const Nf4Weight& weight, int64_t block, uint32_t map, float offset) {
+  if constexpr (kNested) {
+    const float level = sm90::load_shared_float(map + __ldg(weight.absmax_codes + block) * 4u);
+    return decode_scale(level, __ldg(weight.nested_absmax + block / kNestedBlocksize), offset);
+  }
+  return __ldg(weight.absmax + block);
+}
 
 #endif
 
@@ -145,37 +136,61 @@ __global__ void __launch_bounds__(kThreads, 1) linear_few_rows_sm90_kernel(FewRo
     }
     const float offset = kNested ? __ldg(weight.nested_offset) : 0.f;
     constexpr int kQuads = L::kRows * (kWarps / 4), kOwn = kQuads / 32;  // of a stage; of a lane
-    FourScales<kNested> scales[kOwn];
-    const auto load = [&](int stage) {
-      const int row = first_row + stage / chunks * L::kRows, chunk = stage % chunks;
-#pragma unroll
-      for (int i = 0; i < kOwn; ++i) {
-        const int quad = i * 32 + lane, r = quad / (kWarps / 4);
-        const int k = chunk * kChunk + quad % (kWarps / 4) * 4 * kColumns;
-        // rows and columns beyond the end: those of the last, whose products are never stored
-        const int64_t element = int64_t(min(row + r, N - 1)) * K + min(k, K - kColumns);
-        scales[i].load(weight, element, K - k, problem.whole_scales && k < K);
-      }
-    };
     const int stages = (end_row - first_row + L::kRows - 1) / L::kRows * chunks;
     int stage = warp - kWarps - 1;
-    if (stage < stages) load(stage);
-    __syncthreads();
-    for (; stage < stages; stage += kScaleWarps) {
-      const uint32_t slot = stage % L::kStages;
-      barrier_wait(empty + 8 * slot, stage / L::kStages % 2 ^ 1);
-      const uint32_t to = base + slot * L::kStageBytes + L::kRows * kPitch;  // [block][row]
-#pragma unroll
-      for (int i = 0; i < kOwn; ++i) {
-        const int quad = i * 32 + lane, r = quad / (kWarps / 4), block = quad % (kWarps / 4) * 4;
-#pragma unroll
-        for (int j = 0; j < 4; ++j) {
-          store_shared_float(to + ((block + j) * L::kRows + r) * 4, scales[i].decode(j, map, offset));
-        }
-      }
+    const auto address = [&](int quad, int block) {  // [block][row]
+      return base + stage % L::kStages * L::kStageBytes + L::kRows * kPitch +
+             ((quad / L::kRows * 4 + block) * L::kRows + quad % L::kRows) * 4;
+    };
+    const auto finish = [&] {
       __syncwarp();
-      if (lane == 0) barrier_arrive(full + 8 * slot);
-      if (stage + kScaleWarps < stages) load(stage + kScaleWarps);
+      if (lane == 0) barrier_arrive(full + 8 * (stage % L::kStages));
+    };
+    const auto wait = [&] { barrier_wait(empty + 8 * (stage % L::kStages), stage / L::kStages % 2 ^ 1); };
+    if (problem.whole_scales) {
+      FourScales<kNested> scales[kOwn];
+      const auto load = [&](int stage) {
+        const int row = first_row + stage / chunks * L::kRows, chunk = stage % chunks;
+#pragma unroll
+        for (int i = 0; i < kOwn; ++i) {
+          const int quad = i * 32 + lane;
+          // rows and columns beyond the end: those of the last, whose products are never stored
+          const int r = min(row + quad % L::kRows, N - 1);
+          const int block = min(chunk * kWarps + quad / L::kRows * 4, K / kColumns - 4);
+          scales[i].load(weight, uint32_t(r) * uint32_t(K / kColumns) + uint32_t(block));
+        }
+      };
+      if (stage < stages) load(stage);
+      __syncthreads();
+      for (; stage < stages; stage += kScaleWarps) {
+        FourScales<kNested> own[kOwn];
+#pragma unroll
+        for (int i = 0; i < kOwn; ++i) own[i] = scales[i];
+        if (stage + kScaleWarps < stages) load(stage + kScaleWarps);
+        wait();
+#pragma unroll
+        for (int i = 0; i < kOwn; ++i) {
+#pragma unroll
+          for (int j = 0; j < 4; ++j) store_shared_float(address(i * 32 + lane, j), own[i].decode(j, map, offset));
+        }
+        finish();
+      }
+    } else {
+      __syncthreads();
+      for (; stage < stages; stage += kScaleWarps) {
+        const int row = first_row + stage / chunks * L::kRows, chunk = stage % chunks;
+        wait();
+        for (int quad = lane; quad < kQuads; quad += 32) {
+          const int64_t start = int64_t(min(row + quad % L::kRows, N - 1)) * K;
+#pragma unroll
+          for (int j = 0; j < 4; ++j) {
+            const int k = min(chunk * kChunk + (quad / L::kRows * 4 + j) * kColumns, K - kColumns);
+            const float scale = one_scale<kNested>(weight, (start + k) >> weight.log2_blocksize, map, offset);
+            store_shared_float(address(quad, j), scale);
+          }
+        }
+        finish();
+      }
     }
   } else {
     const int g = lane / 4, t = lane % 4;
@@ -193,9 +208,10 @@ __global__ void __launch_bounds__(kThreads, 1) linear_few_rows_sm90_kernel(FewRo
         v[i][1] = inside ? __ldg(p + 1) : make_uint4(0, 0, 0, 0);
       }
     };
-    const uint32_t own_codes = base + g * kPitch + warp * (kColumns / 2) + t * 8;
-    const uint32_t own_scales = base + L::kRows * kPitch + (warp * L::kRows + t * 2) * 4;
-    float* partial = reinterpret_cast<float*>(unaligned + (base - shared_address(unaligned)) + L::kPartial);
+    char* aligned = unaligned + (base - shared_address(unaligned));
+    const char* own_codes = aligned + g * kPitch + warp * (kColumns / 2) + t * 8;
+    const char* own_scales = aligned + L::kRows * kPitch + (warp * L::kRows + t * 2) * 4;
+    float* partial = reinterpret_cast<float*>(aligned + L::kPartial);
 
     uint32_t slot = 0, parity = 0;
     uint4 next_x[kTiles][2];
@@ -203,7 +219,6 @@ __global__ void __launch_bounds__(kThreads, 1) linear_few_rows_sm90_kernel(FewRo
     PairTable::fill<T, kWarps * 32>(table);
     __syncthreads();
     for (int row = first_row; row < end_row; row += L::kRows) {
-      const int groups = (min(L::kRows, end_row - row) + 7) / 8;
       float sum[kGroups][kTiles][2];
 #pragma unroll
       for (int p = 0; p < kGroups; ++p) {
@@ -223,33 +238,28 @@ __global__ void __launch_bounds__(kThreads, 1) linear_few_rows_sm90_kernel(FewRo
         load_x(chunk + 1 < chunks ? chunk + 1 : 0, next_x);
         barrier_wait(full + 8 * slot, parity);
         if (chunk * kChunk + warp * kColumns < K) {
-          const uint32_t stage = slot * L::kStageBytes;
+          const int stage = slot * L::kStageBytes;
+          // groups beyond the last multiply what an earlier stage left; their sums are not stored
 #pragma unroll
           for (int p = 0; p < kGroups; ++p) {
-            if (p >= groups) break;
-            uint32_t codes[2];
-            float scale[2];
-            asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];"
-                         : "=r"(codes[0]), "=r"(codes[1])
-                         : "r"(own_codes + stage + p * 8 * kPitch));
-            asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];"
-                         : "=f"(scale[0]), "=f"(scale[1])
-                         : "r"(own_scales + stage + p * 32));
+            const uint2 codes = *reinterpret_cast<const uint2*>(own_codes + stage + p * 8 * kPitch);
+            const float2 scale = *reinterpret_cast<const float2*>(own_scales + stage + p * 32);
             float c[4] = {0.f, 0.f, 0.f, 0.f};
             const auto multiply = [&](int j, uint32_t b0, uint32_t b1) {
               mma(T{}, c, own_x[0][2 * j], kTiles > 1 ? own_x[kTiles - 1][2 * j] : 0u, own_x[0][2 * j + 1],
                   kTiles > 1 ? own_x[kTiles - 1][2 * j + 1] : 0u, b0, b1);
             };
+            const uint32_t words[2] = {codes.x, codes.y};
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
-              multiply(2 * half, PairTable::pair<0>(table, codes[half], lane_offset),
-                       PairTable::pair<1>(table, codes[half], lane_offset));
-              multiply(2 * half + 1, PairTable::pair<2>(table, codes[half], lane_offset),
-                       PairTable::pair<3>(table, codes[half], lane_offset));
+              multiply(2 * half, PairTable::pair<0>(table, words[half], lane_offset),
+                       PairTable::pair<1>(table, words[half], lane_offset));
+              multiply(2 * half + 1, PairTable::pair<2>(table, words[half], lane_offset),
+                       PairTable::pair<3>(table, words[half], lane_offset));
             }
 #pragma unroll
             for (int i = 0; i < kTiles; ++i) {
-              sum[p][i][0] += scale[0] * c[2 * i], sum[p][i][1] += scale[1] * c[2 * i + 1];
+              sum[p][i][0] += scale.x * c[2 * i], sum[p][i][1] += scale.y * c[2 * i + 1];
             }
           }
         }
@@ -322,7 +332,7 @@ cudaError_t launch_for(const FewRows& problem, const Nf4Weight& weight, cudaStre
 cudaError_t linear_nf4_few_rows_sm90(const void* x, const Nf4Weight& weight, const void* bias, Dtype dtype, void* y,
                                      int64_t M, int64_t N, int64_t K, cudaStream_t stream) {
   const auto is_aligned = [](const void* p, uintptr_t bytes) { return reinterpret_cast<uintptr_t>(p) % bytes == 0; };
-  const bool whole = weight.log2_blocksize == 6 && K % (4 * kColumns) == 0 &&
+  const bool whole = weight.log2_blocksize == 6 && K % (4 * kColumns) == 0 && weight.blocks <= UINT32_MAX &&
                      (weight.absmax_codes ? is_aligned(weight.absmax_codes, 4) : is_aligned(weight.absmax, 16));
   const FewRows problem{x, bias, y, int(M), int(N), int(K), 0, whole};
   return dtype == Dtype::kFloat16 ? launch_for<__half>(problem, weight, stream)

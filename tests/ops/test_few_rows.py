@@ -16,8 +16,11 @@ COLUMNS = [64, 192, 1024, 1088, 2304]
 def product(M, N, K, dtype, double_quant=True, blocksize=64, bias=None):
     w4 = quantize(torch.randn(N, K, device="cuda"), blocksize, double_quant)
     x = torch.randn(M, K, device="cuda", dtype=dtype)
-    expected = x.double() @ w4.dequantize(dtype).double().T
-    return (lambda: ops.linear_nf4(x, *w4.arguments, N, bias)), expected
+    weight = w4.dequantize(dtype).double()
+    expected = x.double() @ weight.T
+    # what a sum of so many terms is usually worth: a single small one says nothing about its error
+    size = (x.double().square() @ weight.square().T).sqrt()
+    return (lambda: ops.linear_nf4(x, *w4.arguments, N, bias)), expected, size
 
 
 @pytest.mark.parametrize("M", [1, 3, 8, 11, 16])
@@ -25,14 +28,11 @@ def product(M, N, K, dtype, double_quant=True, blocksize=64, bias=None):
 @pytest.mark.parametrize("N", ROWS)
 def test_every_share(N, K, M, poisoned_memory):
     dtype, double_quant = (torch.bfloat16, torch.float16)[N % 2], M != 3
-    run, expected = product(M, N, K, dtype, double_quant)
+    run, expected, size = product(M, N, K, dtype, double_quant)
     y = run()
-    assert_close("y", y, expected, RELATIVE_RMS[dtype])
-    # the smallest wrong share of a sum, one block of 64 columns, must show in each row and each column
-    errors = (y.double() - expected).square()
-    for dim, shares in ((0, errors.mean(0)), (1, errors.mean(1))):
-        size = expected.square().mean().sqrt()
-        assert shares.max().sqrt() <= 0.08 * size, dim
+    assert_close("y", y, expected, 1.5 * RELATIVE_RMS[dtype], size)
+    # a block of 64 columns left out of one sum moves it by a sixth of its size at least
+    assert ((y.double() - expected).abs() / size).max() <= 0.03
     assert torch.equal(run(), y)
 
 
@@ -41,7 +41,7 @@ def test_every_share(N, K, M, poisoned_memory):
 @pytest.mark.parametrize("M", [4, 16])
 def test_every_block_size(M, double_quant, blocksize):
     bias = torch.randn(2000, device="cuda", dtype=torch.bfloat16)
-    run, expected = product(M, 2000, 8192, torch.bfloat16, double_quant, blocksize, bias)
+    run, expected, _ = product(M, 2000, 8192, torch.bfloat16, double_quant, blocksize, bias)
     assert_close("y", run(), expected + bias.double(), RELATIVE_RMS[torch.bfloat16])
 
 
