@@ -246,16 +246,16 @@ struct BlockShare {
   }
 };
 
-// A warp's next block is loaded while it encodes one: the compiler moves no load across stores to the page by itself.
+// All loads of a block come before its first store: the compiler moves none across a store to the page by itself.
 template <typename T>
 __device__ __forceinline__ void update_8bit(const PageOf<T>& page, int begin, const AdamWConstants& c,
                                             const DynamicTables& tables) {
   constexpr int kStride = kWarps * int(kStateBlock);
   const int end = min(begin + int(kItem), page.count), lane = threadIdx.x % 32;
   int base = begin + int(threadIdx.x / 32) * int(kStateBlock);
-  BlockShare<T> share;
-  if (base < end) share.load(page, base);
   for (; base < end; base += kStride) {
+    BlockShare<T> share;
+    share.load(page, base);
     float m[8], v[8];
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
@@ -270,7 +270,6 @@ __device__ __forceinline__ void update_8bit(const PageOf<T>& page, int begin, co
       }
       page.store(e, share.p[half]);
     }
-    if (base + kStride < end) share.load(page, base + kStride);
     uint32_t codes_m[2], codes_v[2];
     const float scale_m = encode<true>(tables, m, codes_m), scale_v = encode<false>(tables, v, codes_v);
 #pragma unroll
