@@ -155,11 +155,13 @@ Tensor linear_nf4_cuda(const Tensor& x, const Tensor& packed, const Tensor& absm
     const Tensor rows = aligned_rows(x);
     const void* bias_data = bias ? bias->const_data_ptr() : nullptr;
     const cudaStream_t stream = current_stream(x.get_device_index());
-    check_launch(op, route.path == LinearRoute::kFused
-                         ? linear_nf4_sm90(rows.const_data_ptr(), w4, bias_data, dtype, y.mutable_data_ptr(), M, N, K,
-                                           route.config, stream)
-                         : linear_nf4_few_rows(rows.const_data_ptr(), w4, bias_data, dtype, y.mutable_data_ptr(), M, N,
-                                               K, stream));
+    if (route.path == LinearRoute::kFused) {
+      check_launch(op, linear_nf4_sm90(rows.const_data_ptr(), w4, bias_data, dtype, y.mutable_data_ptr(), M, N, K,
+                                       route.config, stream));
+    } else {
+      const auto launch = fused_available() ? linear_nf4_few_rows_sm90 : linear_nf4_few_rows;
+      check_launch(op, launch(rows.const_data_ptr(), w4, bias_data, dtype, y.mutable_data_ptr(), M, N, K, stream));
+    }
     return y;
   }
   const Tensor w = decoded(op, weight, x, {N, K}, x.scalar_type());

@@ -83,7 +83,8 @@ inline LinearRoute linear_route(const Nf4Weight& weight, Dtype dtype, int64_t M,
                                 const LinearChoice& choice, int multiprocessors) {
   if (choice.path == LinearChoice::kDequantize) return {LinearRoute::kDequantize, {}};
   const bool forced = choice.path == LinearChoice::kFused;
-  if (!forced && few_rows_fit(weight, dtype, nullptr, M, N, K)) return {LinearRoute::kFewRows, {}};
+  const int64_t few = fused_available() ? kFewRowsSm90 : kFewRows;
+  if (!forced && M <= few && few_rows_fit(weight, dtype, nullptr, N, K)) return {LinearRoute::kFewRows, {}};
   if (!fused_fits(weight, dtype, M, N, K)) return {forced ? LinearRoute::kDoesNotFit : LinearRoute::kDequantize, {}};
   if (!forced && !fused_wins(M, N, K)) return {LinearRoute::kDequantize, {}};
   return {LinearRoute::kFused, choice.has_config ? choice.config : choose_config(M, N, K, multiprocessors)};
