@@ -173,6 +173,22 @@ struct StageCodes {
   }
 };
 
+// Addresses of this block's shared memory, and what all warps know.
+template <typename Tile>
+struct Block {
+  uint32_t x, out, packed, table, map;
+  uint32_t full, empty;  // barriers, 8 bytes a stage
+  uint32_t rank;         // in the cluster
+  int first_tile, tile_step, tiles, split;
+
+  __device__ __forceinline__ WorkUnit unit(const FusedProblem& p, int tile) const {
+    return work_unit<Tile::kUnroll>(p, tile, split);
+  }
+  __device__ __forceinline__ int row0(const WorkUnit& unit) const {
+    return (unit.row_tile * Tile::kPair + (Tile::kPair > 1 ? int(rank) : 0)) * kTileRows;
+  }
+};
+
 #endif  // QLORA_SM90
 
 }  // namespace qlora_engine::cuda::sm90
