@@ -44,4 +44,20 @@ cudaError_t linear_nf4_few_rows(const void* x, const Nf4Weight& weight, const vo
 cudaError_t linear_nf4_few_rows_sm90(const void* x, const Nf4Weight& weight, const void* bias, Dtype dtype, void* y,
                                      int64_t M, int64_t N, int64_t K, cudaStream_t stream);
 
+// How the fused kernel of linear_sm90.cu cuts a product; see dispatch.h.
+struct FusedConfig {
+  int tokens, pair, splits;
+};
+
+// Whether the current device and this library have the fused kernel: compute capability 9.0, compiled for sm_90a.
+bool fused_available();
+
+// Whether the fused kernel takes this product: 16-bit x, whole blocks of at least 64 in every row of W, `packed`
+// aligned to 16 bytes. x must be aligned likewise, which the caller sees to.
+bool fused_fits(const Nf4Weight& weight, Dtype dtype, int64_t M, int64_t N, int64_t K);
+
+// As linear_nf4_few_rows, for any M.
+cudaError_t linear_nf4_sm90(const void* x, const Nf4Weight& weight, const void* bias, Dtype dtype, void* y, int64_t M,
+                            int64_t N, int64_t K, const FusedConfig& config, cudaStream_t stream);
+
 }  // namespace qlora_engine::cuda
