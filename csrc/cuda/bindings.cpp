@@ -9,7 +9,9 @@
 #include <utility>
 
 #include "checks.h"
+#include "dispatch_backward.h"
 #include "kernels.h"
+#include "launch.h"
 #include "libtorch_cuda.h"
 
 namespace qlora_engine::cuda {
@@ -139,6 +141,29 @@ Tensor linear_nf4_cuda(const Tensor& x, const Tensor& packed, const Tensor& absm
   return y;
 }
 
+// dx = grad @ W without a decoded copy of W, where that is the better way; false: nothing was done.
+bool fused_backward(const char* op, const Nf4Weight& weight, const Tensor& grad, const Tensor& dx, int64_t M, int64_t N,
+                    int64_t K) {
+  if (N == 0 || grad.scalar_type() == ScalarType::Float) return false;
+  const Tensor rows = torch::stable::contiguous(grad);
+  const Dtype dtype = to_dtype(grad.scalar_type());
+  const void* from = rows.const_data_ptr();
+  void* to = dx.mutable_data_ptr();
+  int processors = 0;
+  check_launch(op, multiprocessors(&processors));
+  const bool fits = linear_backward_sm90_fits(weight, dtype, from, to, M, N, K);
+  const BackwardChoice choice = choose_backward(M, N, K, fits, processors);
+  if (choice.path == BackwardPath::kDequantize) return false;
+  const BackwardScratch scratch = linear_backward_sm90_scratch(choice.plan, M, K);
+  const Tensor partials = empty(grad, {scratch.partials}, ScalarType::Float);
+  const Tensor counters = empty(grad, {scratch.counters}, ScalarType::Int);
+  check_launch(op, linear_nf4_backward_sm90(from, weight, dtype, to, M, N, K, choice.plan,
+                                            static_cast<float*>(partials.mutable_data_ptr()),
+                                            static_cast<int32_t*>(counters.mutable_data_ptr()),
+                                            current_stream(grad.get_device_index())));
+  return true;
+}
+
 Tensor linear_nf4_backward_cuda(const Tensor& grad, const Tensor& packed, const Tensor& absmax,
                                 const OptionalTensor& nested_absmax, const OptionalTensor& nested_offset,
                                 int64_t blocksize, int64_t in_features) {
@@ -151,6 +176,7 @@ Tensor linear_nf4_backward_cuda(const Tensor& grad, const Tensor& packed, const 
   const auto [shape, M] = replace_last(grad, K);
   Tensor dx = empty(grad, shape, grad.scalar_type());
   if (dx.numel() == 0) return dx;
+  if (fused_backward(op, to_weight(weight), grad, dx, M, N, K)) return dx;
   const Tensor w = decoded(op, weight, grad, {N, K}, grad.scalar_type());
   matrix_product(torch::stable::view(dx, {M, K}), torch::stable::reshape(grad, {M, N}), w, std::nullopt);
   return dx;

@@ -1,0 +1,57 @@
+// Which way dX = dY W goes: fused, or dequantize and cuBLAS. Measured on an H100 (benchmarks/bench_linear.py).
+#pragma once
+#include <torch/headeronly/util/Exception.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <string_view>
+
+#include "kernels.h"
+
+namespace qlora_engine::cuda {
+
+enum class BackwardPath { kFused, kDequantize };
+struct BackwardChoice {
+  BackwardPath path;
+  BackwardPlan plan;
+};
+
+// QLORA_ENGINE_LINEAR=fused|dequantize forces a path where it can run; auto, or unset: the rule below.
+enum class ForcedPath { kAuto, kFused, kDequantize };
+inline ForcedPath forced_backward() {
+  const char* value = std::getenv("QLORA_ENGINE_LINEAR");
+  const std::string_view path = value ? value : "auto";
+  if (path == "fused") return ForcedPath::kFused;
+  if (path == "dequantize") return ForcedPath::kDequantize;
+  STD_TORCH_CHECK(path == "auto", "QLORA_ENGINE_LINEAR=", value, "; expected auto, fused or dequantize");
+  return ForcedPath::kAuto;
+}
+
+// The plan of a fused product on `processors` multiprocessors; QLORA_ENGINE_BACKWARD_PLAN=cluster,splits,group forces
+// one (for measurements and tests).
+inline BackwardPlan backward_plan(int64_t M, int64_t N, int64_t K, int processors) {
+  const int64_t steps = (N + 63) / 64, columns = (K + 127) / 128;
+  const int cluster = M > 256 ? 2 : 1;
+  const int64_t slots = processors / cluster, tiles = (M + 256 * cluster - 1) / (256 * cluster) * columns;
+  // parts, as long as they find multiprocessors and have 8 steps each
+  const int64_t splits = std::clamp<int64_t>(std::min(slots / tiles, steps / 8), 1, 8);
+  BackwardPlan plan{cluster, int(splits), cluster == 2 && M >= 4096 ? 4 : 8};
+  if (const char* value = std::getenv("QLORA_ENGINE_BACKWARD_PLAN")) {
+    const bool read = std::sscanf(value, "%d,%d,%d", &plan.cluster, &plan.splits, &plan.group) == 3;
+    STD_TORCH_CHECK(read, "QLORA_ENGINE_BACKWARD_PLAN=", value, "; expected cluster,splits,group, as in 2,1,8");
+    plan.splits = int(std::clamp<int64_t>(plan.splits, 1, steps));
+  }
+  return plan;
+}
+
+// `fits`: the fused kernel can take the product.
+inline BackwardChoice choose_backward(int64_t M, int64_t N, int64_t K, bool fits, int processors) {
+  const ForcedPath forced = forced_backward();
+  const bool fused = fits && forced != ForcedPath::kDequantize && (forced == ForcedPath::kFused || (M > 64 && M < 4096));
+  if (!fused) return {BackwardPath::kDequantize, {1, 1, 8}};
+  return {BackwardPath::kFused, backward_plan(M, N, K, processors)};
+}
+
+}  // namespace qlora_engine::cuda
