@@ -151,16 +151,21 @@ bool fused_backward(const char* op, const Nf4Weight& weight, const Tensor& grad,
   void* to = dx.mutable_data_ptr();
   int processors = 0;
   check_launch(op, multiprocessors(&processors));
-  const bool fits = linear_backward_sm90_fits(weight, dtype, from, to, M, N, K);
-  const BackwardChoice choice = choose_backward(M, N, K, fits, processors);
+  const cudaStream_t stream = current_stream(grad.get_device_index());
+  const bool few = linear_backward_few_rows_fit(weight, dtype, from, to, M, N, K);
+  const bool many = linear_backward_sm90_fits(weight, dtype, from, to, M, N, K);
+  const BackwardChoice choice = choose_backward(M, N, K, few, many, processors);
   if (choice.path == BackwardPath::kDequantize) return false;
+  if (choice.path == BackwardPath::kFewRows) {
+    check_launch(op, linear_nf4_backward_few_rows(from, weight, dtype, to, M, N, K, stream));
+    return true;
+  }
   const BackwardScratch scratch = linear_backward_sm90_scratch(choice.plan, M, K);
   const Tensor partials = empty(grad, {scratch.partials}, ScalarType::Float);
   const Tensor counters = empty(grad, {scratch.counters}, ScalarType::Int);
   check_launch(op, linear_nf4_backward_sm90(from, weight, dtype, to, M, N, K, choice.plan,
                                             static_cast<float*>(partials.mutable_data_ptr()),
-                                            static_cast<int32_t*>(counters.mutable_data_ptr()),
-                                            current_stream(grad.get_device_index())));
+                                            static_cast<int32_t*>(counters.mutable_data_ptr()), stream));
   return true;
 }
 

@@ -12,7 +12,7 @@
 
 namespace qlora_engine::cuda {
 
-enum class BackwardPath { kFused, kDequantize };
+enum class BackwardPath { kFewRows, kManyRows, kDequantize };
 struct BackwardChoice {
   BackwardPath path;
   BackwardPlan plan;
@@ -46,12 +46,14 @@ inline BackwardPlan backward_plan(int64_t M, int64_t N, int64_t K, int processor
   return plan;
 }
 
-// `fits`: the fused kernel can take the product.
-inline BackwardChoice choose_backward(int64_t M, int64_t N, int64_t K, bool fits, int processors) {
+// `few`, `many`: the kernel for few rows, or for many, can take the product.
+inline BackwardChoice choose_backward(int64_t M, int64_t N, int64_t K, bool few, bool many, int processors) {
   const ForcedPath forced = forced_backward();
-  const bool fused = fits && forced != ForcedPath::kDequantize && (forced == ForcedPath::kFused || (M > 64 && M < 4096));
-  if (!fused) return {BackwardPath::kDequantize, {1, 1, 8}};
-  return {BackwardPath::kFused, backward_plan(M, N, K, processors)};
+  const BackwardChoice dequantize{BackwardPath::kDequantize, {1, 1, 8}};
+  if (forced == ForcedPath::kDequantize) return dequantize;
+  if (few) return {BackwardPath::kFewRows, {1, 1, 8}};
+  if (!many || (forced == ForcedPath::kAuto && M >= 4096)) return dequantize;
+  return {BackwardPath::kManyRows, backward_plan(M, N, K, processors)};
 }
 
 }  // namespace qlora_engine::cuda

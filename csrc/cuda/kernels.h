@@ -42,6 +42,16 @@ bool few_rows_fit(const Nf4Weight& weight, Dtype dtype, const void* x, int64_t M
 cudaError_t linear_nf4_few_rows(const void* x, const Nf4Weight& weight, const void* bias, Dtype dtype, void* y,
                                 int64_t M, int64_t N, int64_t K, cudaStream_t stream);
 
+// Whether linear_nf4_backward_few_rows can take this product: up to kFewBackwardRows rows of 16-bit grad, N a multiple
+// of 4, K of 64, blocks of at least 64, 16-byte alignment of packed (8 of grad, 4 of dx and scales).
+constexpr int64_t kFewBackwardRows = 64;
+bool linear_backward_few_rows_fit(const Nf4Weight& weight, Dtype dtype, const void* grad, const void* dx, int64_t M,
+                                  int64_t N, int64_t K);
+
+// grad [M, N] contiguous -> dx [M, K] = grad @ W, without a decoded copy of W.
+cudaError_t linear_nf4_backward_few_rows(const void* grad, const Nf4Weight& weight, Dtype dtype, void* dx, int64_t M,
+                                         int64_t N, int64_t K, cudaStream_t stream);
+
 // How linear_nf4_backward_sm90 shares out a product (dispatch_backward.h chooses).
 struct BackwardPlan {
   int cluster;  // 1, or 2: pairs of thread blocks share what they decode

@@ -64,24 +64,27 @@ __device__ __forceinline__ void decode(const Nf4Weight& weight, const Work& work
   for (int i = 0; i < kFetched; ++i) begin(i);
 
   uint4 words[2];
-  float absmax;
-  fetch.end(0, words, absmax);
+  fetch.read(0, words);
+  fetch.look_up();
   int slot = 0;
   for (int i = 0; i < begun; ++i) {
     const int flat = i * kCluster + rank, stage = flat % kStages, use = flat / kStages;
-    const ProductTable<T> table(absmax);
-    const uint4 first = words[0], second = words[1];
+    const ProductTable<T> table(fetch.absmax());
+    const uint32_t codes[8] = {words[0].x, words[0].y, words[0].z, words[0].w,
+                               words[1].x, words[1].y, words[1].z, words[1].w};
     begin(slot);
     slot = slot + 1 == kFetched ? 0 : slot + 1;
-    fetch.end(slot, words, absmax);
+    fetch.read(slot, words);
 
     if (use > 0) barrier_wait(barriers.empty(stage), (use - 1) & 1);
     // also: the copy of this stage's last content has been read
     if constexpr (kCluster > 1) barrier_wait(barriers.ready(stage), use & 1);
     const uint32_t to = row_at + stage * kStageBytes;
-    const uint32_t codes[8] = {first.x, first.y, first.z, first.w, second.x, second.y, second.z, second.w};
 #pragma unroll
-    for (int j = 0; j < 8; ++j) store_shared_128(to + (j * 16 ^ swizzle), table.decode(codes[j]));
+    for (int j = 0; j < 4; ++j) store_shared_128(to + (j * 16 ^ swizzle), table.decode(codes[j]));
+    fetch.look_up();
+#pragma unroll
+    for (int j = 4; j < 8; ++j) store_shared_128(to + (j * 16 ^ swizzle), table.decode(codes[j]));
     proxy_fence();
     __syncwarp();
     if (lane == 0) {

@@ -54,8 +54,8 @@ __device__ __forceinline__ Unit unit_at(const Work& work, int index) {
   const int height = min(work.group, work.token_tiles - group * work.group);
   unit.column_tile = rest / height;
   unit.token_tile = group * work.group + (rest - unit.column_tile * height);
-  unit.begin = int(int64_t(work.steps) * unit.split / work.splits);
-  unit.end = int(int64_t(work.steps) * (unit.split + 1) / work.splits);
+  unit.begin = work.steps * unit.split / work.splits;
+  unit.end = work.steps * (unit.split + 1) / work.splits;
   return unit;
 }
 
@@ -194,18 +194,26 @@ class Fetch {
     copies_commit();
   }
 
-  // What the last begin() but kFetched - 1 copied.
-  __device__ __forceinline__ void end(int slot, uint4 (&words)[2], float& absmax) {
+  // What the last begin() but kFetched - 1 copied, in three steps, so that other work may hide the accesses of each:
+  // the words of W and what the scale is made of, ...
+  __device__ __forceinline__ void read(int slot, uint4 (&words)[2]) {
     copies_wait<kFetched - 1>();
     const uint32_t from = at_ + slot * kFetchedBytes, word_from = word_at_ + slot * kFetchedBytes;
+    if constexpr (kNested) code_word_ = load_shared_word(word_from);
     words[0] = sm90::load_shared_128(from);
     words[1] = sm90::load_shared_128(from + 2048);
-    absmax = sm90::load_shared_float(word_from + 512);
+    absmax_ = sm90::load_shared_float(word_from + 512);
+  }
+  // ... the level of the scale's code, ...
+  __device__ __forceinline__ void look_up() {
     if constexpr (kNested) {
       const uint32_t byte = bytes_ >> (kFetched - 1) * 8 & 3u;
-      const uint32_t code = permute(load_shared_word(word_from), 0, 0x4440u | byte);
-      absmax = decode_scale(sm90::load_shared_float(map_ + code * 4), absmax, offset_);
+      level_ = sm90::load_shared_float(map_ + permute(code_word_, 0, 0x4440u | byte) * 4);
     }
+  }
+  // ... and the scale.
+  __device__ __forceinline__ float absmax() const {
+    return kNested ? decode_scale(level_, absmax_, offset_) : absmax_;
   }
 
  private:
@@ -215,6 +223,8 @@ class Fetch {
   int row_, half_, shift_;
   float offset_;
   uint32_t bytes_ = 0;  // where in their words the codes of the last four calls of begin() lie
+  uint32_t code_word_ = 0;
+  float absmax_ = 0.f, level_ = 0.f;
 };
 
 #endif  // QLORA_SM90
