@@ -17,6 +17,7 @@
 #include <algorithm>
 #include <atomic>
 
+#include "copy_async.cuh"
 #include "decode.cuh"
 #include "launch.h"
 
@@ -52,36 +53,19 @@ struct Shape {
   static_assert(kSharedBytes <= 232448, "what a block of sm_90 may have");
 };
 
-template <int kBytes>
-__device__ __forceinline__ void copy_async(uint32_t to, const void* from) {
-  if constexpr (kBytes == 16) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
-  } else {
-    asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(to), "l"(from), "n"(kBytes) : "memory");
-  }
-}
-// Four bytes, of which `bytes` are read and the rest becomes 0.
-__device__ __forceinline__ void copy_async_up_to_4(uint32_t to, const void* from, uint32_t bytes) {
-  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(to), "l"(from), "r"(bytes) : "memory");
-}
-
-__device__ __forceinline__ void multiply(__half, float (&c)[4], const uint32_t (&a)[4], uint2 b) {
+__device__ __forceinline__ void mma(__half, float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3,
+                                    uint32_t b0, uint32_t b1) {
   asm volatile(
       "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
       : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b.x), "r"(b.y));
+      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
-__device__ __forceinline__ void multiply(__nv_bfloat16, float (&c)[4], const uint32_t (&a)[4], uint2 b) {
+__device__ __forceinline__ void mma(__nv_bfloat16, float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3,
+                                    uint32_t b0, uint32_t b1) {
   asm volatile(
       "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
       : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b.x), "r"(b.y));
-}
-
-__device__ __forceinline__ uint32_t permute(uint32_t a, uint32_t b, uint32_t selector) {
-  uint32_t r;
-  asm("prmt.b32 %0, %1, %2, %3;" : "=r"(r) : "r"(a), "r"(b), "r"(selector));
-  return r;
+      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
 
 __device__ __forceinline__ void cluster_barrier() {
@@ -157,14 +141,14 @@ __global__ void __launch_bounds__(Shape<kTiles>::kThreads, 1)
       const uint32_t at = scale_to + i * 256;
       if constexpr (kNested) {  // the aligned word that the code lies in, as far as there are codes
         const uint32_t first = block & ~3u, codes = uint32_t(weight.blocks) - first;
-        copy_async_up_to_4(at, weight.absmax_codes + first, min(codes, 4u));
-        copy_async_up_to_4(at + 128, weight.nested_absmax + block / uint32_t(kNestedBlocksize), inside ? 4 : 0);
+        copy_async<4>(at, weight.absmax_codes + first, min(codes, 4u));
+        copy_async<4>(at + 128, weight.nested_absmax + block / uint32_t(kNestedBlocksize), inside ? 4 : 0);
         bytes |= (block & 3u) << (2 * i);
       } else {
-        copy_async_up_to_4(at + 128, weight.absmax + block, inside ? 4 : 0);
+        copy_async<4>(at + 128, weight.absmax + block, inside ? 4 : 0);
       }
     }
-    asm volatile("cp.async.commit_group;" ::: "memory");
+    copies_commit();
     load_from += S::kGroups * kChunk * row_bytes;
     load_run += S::kGroups * kChunk * row_runs;
   };
@@ -201,7 +185,7 @@ __global__ void __launch_bounds__(Shape<kTiles>::kThreads, 1)
   const uint32_t lane_offset = lane * 8;
   int slot = 0;
   for (int chunk = begin + group; chunk < end; chunk += S::kGroups) {
-    asm volatile("cp.async.wait_group %0;" ::"n"(S::kDepth - 1) : "memory");
+    copies_wait<S::kDepth - 1>();
     const char* own = shared + (words_at - shared_address(shared)) + slot * S::kChunkBytes;
     const char* own_scales = shared + (scales_at - shared_address(shared)) + slot * S::kChunkBytes;
     uint32_t words[4][kWords];
@@ -253,10 +237,10 @@ __global__ void __launch_bounds__(Shape<kTiles>::kThreads, 1)
       const uint32_t a[4] = {pack_pair<T>(w[0].x, w[1].x), pack_pair<T>(w[0].y, w[1].y), pack_pair<T>(w[2].x, w[3].x),
                              pack_pair<T>(w[2].y, w[3].y)};
 #pragma unroll
-      for (int i = 0; i < kTiles; ++i) multiply(T{}, sums[i][j], a, b[i]);
+      for (int i = 0; i < kTiles; ++i) mma(T{}, sums[i][j], a[0], a[1], a[2], a[3], b[i].x, b[i].y);
     }
   }
-  asm volatile("cp.async.wait_group 0;" ::: "memory");
+  copies_wait<0>();
   __syncthreads();  // the table and the ring have been read: sums may lie there
 
   // A group's sums: token m at m / 2 * kPairPitch + m % 2 * kColumns, and there the columns of a warp in the order

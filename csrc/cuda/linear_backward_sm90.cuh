@@ -1,5 +1,6 @@
 // Parts of linear_backward_sm90.cu: how the work is cut, how W is decoded, how a tile of dX is written.
 #pragma once
+#include "copy_async.cuh"
 #include "kernels.h"
 #include "sm90.cuh"
 
@@ -88,13 +89,6 @@ class Walk {
   int step_;
 };
 
-// prmt with a selector whose high bits are known to be zero: __byte_perm would clear them again.
-__device__ __forceinline__ uint32_t permute(uint32_t a, uint32_t b, uint32_t selector) {
-  uint32_t r;
-  asm("prmt.b32 %0, %1, %2, %3;" : "=r"(r) : "r"(a), "r"(b), "r"(selector));
-  return r;
-}
-
 // The 16 values an element of one block can have, in registers: round(level * absmax), low and high bytes apart, so
 // that one prmt looks up a byte of four elements in eight values.
 template <typename T>
@@ -136,18 +130,6 @@ struct ProductTable {
 
 #ifdef QLORA_SM90
 
-// Ordinary memory to shared memory, for the copying thread alone: no barrier. Reads `bytes`, fills the rest with 0.
-__device__ __forceinline__ void copy_async_4(uint32_t to, const void* from, uint32_t bytes) {
-  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(to), "l"(from), "r"(bytes) : "memory");
-}
-__device__ __forceinline__ void copy_async_16(uint32_t to, const void* from, uint32_t bytes) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes) : "memory");
-}
-__device__ __forceinline__ void copies_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-template <int kPending>
-__device__ __forceinline__ void copies_wait() {
-  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
-}
 __device__ __forceinline__ uint32_t load_shared_word(uint32_t address) {
   uint32_t v;
   asm volatile("ld.shared.u32 %0, [%1];" : "=r"(v) : "r"(address));
@@ -180,15 +162,15 @@ class Fetch {
       const uint32_t flat = inside ? uint32_t(n) * uint32_t(work_.K / 64) + run : 0, block = flat >> shift_;
       const uint8_t* from = weight_.packed + size_t(flat) * 32;
       const uint32_t to = at_ + slot * kFetchedBytes, word_to = word_at_ + slot * kFetchedBytes;
-      copy_async_16(to, from, inside ? 16 : 0);
-      copy_async_16(to + 2048, from + 16, inside ? 16 : 0);
+      copy_async<16>(to, from, inside ? 16 : 0);
+      copy_async<16>(to + 2048, from + 16, inside ? 16 : 0);
       if constexpr (kNested) {  // the aligned word that the code lies in, as far as there are codes
         const uint32_t first = block & ~3u, codes = uint32_t(weight_.blocks) - first;
-        copy_async_4(word_to, weight_.absmax_codes + first, inside ? min(codes, 4u) : 0);
-        copy_async_4(word_to + 512, weight_.nested_absmax + block / uint32_t(kNestedBlocksize), inside ? 4 : 0);
+        copy_async<4>(word_to, weight_.absmax_codes + first, inside ? min(codes, 4u) : 0);
+        copy_async<4>(word_to + 512, weight_.nested_absmax + block / uint32_t(kNestedBlocksize), inside ? 4 : 0);
         bytes_ |= block & 3u;
       } else {
-        copy_async_4(word_to + 512, weight_.absmax + block, inside ? 4 : 0);
+        copy_async<4>(word_to + 512, weight_.absmax + block, inside ? 4 : 0);
       }
     }
     copies_commit();

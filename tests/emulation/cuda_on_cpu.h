@@ -26,10 +26,12 @@
 #undef __global__
 #undef __launch_bounds__
 #undef __forceinline__
+#undef __grid_constant__
 #define __device__
 #define __global__
 #define __launch_bounds__(...)
 #define __forceinline__ inline
+#define __grid_constant__
 using std::max;
 using std::min;
 
@@ -45,7 +47,7 @@ struct Thread {
   size_t shared_used;
 };
 
-constexpr size_t kStack = 256 << 10, kSharedBytes = 64 << 10;
+constexpr size_t kStack = 256 << 10, kSharedBytes = 232448;
 constexpr unsigned kMaxThreads = 1024;
 
 inline Thread* current;
@@ -122,7 +124,7 @@ inline void run_block(char* stacks) {
 }
 
 template <typename Body>
-void launch(unsigned grid, unsigned block, Body body) {
+void launch(dim3 grid, unsigned block, Body body) {
   static char* stacks = nullptr;
   if (stacks == nullptr) {
     constexpr int kFlags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE;
@@ -132,12 +134,12 @@ void launch(unsigned grid, unsigned block, Body body) {
         static_cast<char*>(mmap(nullptr, kSharedBytes, PROT_READ | PROT_WRITE, kFlags | MAP_32BIT, -1, 0));
     if (stacks == MAP_FAILED || shared_memory == MAP_FAILED || block > kMaxThreads) abort();
   }
-  grid_size = dim3(grid);
+  grid_size = grid;
   block_size = dim3(block);
   kernel = body;
   threads.resize(block);
-  for (unsigned b = 0; b < grid; ++b) {
-    block_index = make_uint3(b, 0, 0);
+  for (unsigned b = 0; b < grid.x * grid.y; ++b) {
+    block_index = make_uint3(b % grid.x, b / grid.x, 0);
     run_block(stacks);
   }
 }
@@ -149,6 +151,21 @@ T& shared(size_t alignment = alignof(T)) {
   current->shared_used = at + sizeof(T);
   if (current->shared_used > kSharedBytes) abort();
   return *reinterpret_cast<T*>(shared_memory + at);
+}
+
+// Shared memory whose size the launch gives; it lies behind what the kernel itself declares, which is nothing here.
+inline char* dynamic_shared() {
+  if (current->shared_used != 1024) abort();
+  return shared_memory + 1024;
+}
+
+// cp.async: `bytes` of `size` are read, the rest becomes 0. Shared addresses have 32 bits.
+inline void copy(uint32_t to, const void* from, size_t size, size_t bytes) {
+  if (to % size != 0 || (bytes > 0 && uintptr_t(from) % size != 0) || bytes > size) abort();
+  char* target = reinterpret_cast<char*>(uintptr_t(to));
+  if (target < shared_memory || target + size > shared_memory + kSharedBytes) abort();
+  memset(target, 0, size);
+  memcpy(target, from, bytes);
 }
 
 template <typename T>
@@ -203,10 +220,28 @@ To bits_as(From v) {
 
 }  // namespace emulated
 
-#define threadIdx (emulated::current->index)
-#define blockIdx (emulated::block_index)
-#define blockDim (emulated::block_size)
-#define gridDim (emulated::grid_size)
+// The runtime's templates over kernels. The code that runs is none of 9.0, so nobody asks for clusters.
+template <typename... Parameters, typename... Arguments>
+cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...), Arguments... arguments) {
+  if (config->numAttrs != 0) return cudaErrorNotSupported;
+  if (config->dynamicSmemBytes + 1024 > emulated::kSharedBytes) return cudaErrorInvalidValue;
+  emulated::launch(config->gridDim, config->blockDim.x, [&] { kernel(arguments...); });
+  return cudaSuccess;
+}
+template <typename... Parameters>
+cudaError_t cudaFuncSetAttribute(void (*)(Parameters...), cudaFuncAttribute, int) {
+  return cudaSuccess;
+}
+template <typename... Parameters>
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, void (*)(Parameters...)) {
+  *attributes = {};
+  attributes->ptxVersion = 80;
+  return cudaSuccess;
+}
+template <typename... Parameters>
+cudaError_t cudaOccupancyMaxActiveClusters(int* clusters, void (*)(Parameters...), const cudaLaunchConfig_t*) {
+  return *clusters = 0, cudaErrorNotSupported;
+}
 
 inline void __syncthreads() { emulated::wait(emulated::Wait::kBlock); }
 template <typename T>
@@ -215,7 +250,7 @@ T __shfl_sync(unsigned, T v, int source) {
 }
 template <typename T>
 T __shfl_xor_sync(unsigned, T v, int mask) {
-  return emulated::shuffle(v, threadIdx.x ^ unsigned(mask));
+  return emulated::shuffle(v, emulated::current->index.x ^ unsigned(mask));
 }
 template <typename T>
 T __ldg(const T* p) {

@@ -1,9 +1,5 @@
 // Plain C names for the AdamW kernels over the emulation; see entry.cpp.
 #include "cuda_on_cpu.h"
-#undef threadIdx
-#undef blockIdx
-#undef blockDim
-#undef gridDim
 #include "csrc/cuda/adamw_kernels.h"
 
 using namespace qlora_engine::cuda;

@@ -16,6 +16,11 @@ PTX = {
     "ld.shared.v2.b32": (
         "{{ const uint32_t* q = reinterpret_cast<const uint32_t*>(uintptr_t({0})); threshold = q[0]; below = q[1]; }}"
     ),
+    "cp.async.cg.shared.global": "emulated::copy(to, from, kBytes, bytes);",
+    "cp.async.ca.shared.global": "emulated::copy(to, from, kBytes, bytes);",
+    "cp.async.commit_group": "",  # copies are over at once
+    "cp.async.wait_group": "",
+    "prmt.b32": "r = __byte_perm(a, b, selector);",
     "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32": (
         "emulated::mma_m16n8k16<__half>(c, a0, a1, a2, a3, b0, b1);"
     ),
@@ -24,10 +29,17 @@ PTX = {
     ),
 }
 
+BUILT_IN = {
+    "threadIdx": "emulated::current->index",
+    "blockIdx": "emulated::block_index",
+    "blockDim": "emulated::block_size",
+    "gridDim": "emulated::grid_size",
+}
+
 
 def _ptx(match: re.Match) -> str:
     statement = match[0]
-    instruction = re.search(r'"([\w.:]+) ', statement)[1]
+    instruction = re.search(r'"([\w.:]+)[ ;]', statement)[1]
     if instruction not in PTX:
         raise NotImplementedError(f"tests/emulation/translate.py does not know the PTX instruction {instruction}")
     operand = re.search(r':\s*"r"\((.*)\)\);$', statement, re.S)
@@ -41,7 +53,12 @@ def _shared(match: re.Match) -> str:
 
 def translate(text: str) -> str:
     """C++ of a .cu or .cuh file. Raises NotImplementedError for CUDA that is not emulated."""
-    text = re.sub(r"asm(?: volatile)?\(.*?\);$", _ptx, text, flags=re.S | re.M)
+    # what needs a GPU of 9.0 stands beside what does without
+    text = re.sub(r"^#if __CUDA_ARCH__ >= 900\n.*?^#else\n(.*?)^#endif\n", r"\1", text, flags=re.S | re.M)
+    text = re.sub(
+        r"extern __shared__ __align__\(1024\) char (\w+)\[\];", r"char* \1 = emulated::dynamic_shared();", text
+    )
+    text = re.sub(r"asm(?: volatile)?\(.*?\);(?=$| \}$)", _ptx, text, flags=re.S | re.M)
     text = re.sub(r"__shared__ (?:__align__\((\d+)\) )?([\w:<> ]+?) (\w+)((?:\[[^;]*\])+);", _shared, text)
     text = re.sub(
         r"(\w+(?:<[^;<>]*>)?)\s*<<<(.*?), (.*?), 0, stream>>>\((.*?)\);",
@@ -49,6 +66,8 @@ def translate(text: str) -> str:
         text,
         flags=re.S,
     )
+    # not the launch configuration's members of the same names
+    text = re.sub(r"(?<![.>\w])(threadIdx|blockIdx|blockDim|gridDim)\b", lambda m: f"({BUILT_IN[m[1]]})", text)
     text = text.replace("__cvta_generic_to_shared(p)", "reinterpret_cast<uintptr_t>(p)")
     for left in ("asm(", "asm volatile(", "__shared__ ", "<<<"):
         if left in text:
