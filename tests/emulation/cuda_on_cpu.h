@@ -39,7 +39,14 @@ namespace emulated {
 
 enum class Wait { kNone, kBlock, kWarp };
 
+struct Copy {
+  char* to;
+  const void* from;
+  size_t size, bytes;
+};
+
 struct Thread {
+  std::vector<std::vector<Copy>> copies;  // groups of cp.async that nobody waited for; the last one is open
   ucontext_t context;
   uint3 index;
   Wait wait;
@@ -159,13 +166,28 @@ inline char* dynamic_shared() {
   return shared_memory + 1024;
 }
 
-// cp.async: `bytes` of `size` are read, the rest becomes 0. Shared addresses have 32 bits.
+// cp.async: `bytes` of `size` are read, the rest becomes 0, as late as the thread's waiting allows. Shared addresses
+// have 32 bits.
 inline void copy(uint32_t to, const void* from, size_t size, size_t bytes) {
   if (to % size != 0 || (bytes > 0 && uintptr_t(from) % size != 0) || bytes > size) abort();
   char* target = reinterpret_cast<char*>(uintptr_t(to));
   if (target < shared_memory || target + size > shared_memory + kSharedBytes) abort();
-  memset(target, 0, size);
-  memcpy(target, from, bytes);
+  if (current->copies.empty()) current->copies.emplace_back();
+  current->copies.back().push_back({target, from, size, bytes});
+}
+inline void commit_copies() {
+  if (current->copies.empty()) current->copies.emplace_back();
+  current->copies.emplace_back();
+}
+inline void wait_for_copies(size_t pending) {
+  auto& groups = current->copies;
+  while (groups.size() > pending + 1) {
+    for (const Copy& copy : groups.front()) {
+      memset(copy.to, 0, copy.size);
+      memcpy(copy.to, copy.from, copy.bytes);
+    }
+    groups.erase(groups.begin());
+  }
 }
 
 template <typename T>

@@ -18,8 +18,8 @@ PTX = {
     ),
     "cp.async.cg.shared.global": "emulated::copy(to, from, kBytes, bytes);",
     "cp.async.ca.shared.global": "emulated::copy(to, from, kBytes, bytes);",
-    "cp.async.commit_group": "",  # copies are over at once
-    "cp.async.wait_group": "",
+    "cp.async.commit_group": "emulated::commit_copies();",
+    "cp.async.wait_group": "emulated::wait_for_copies(kPending);",
     "prmt.b32": "r = __byte_perm(a, b, selector);",
     "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32": (
         "emulated::mma_m16n8k16<__half>(c, a0, a1, a2, a3, b0, b1);"
