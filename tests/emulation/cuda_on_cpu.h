@@ -244,7 +244,8 @@ To bits_as(From v) {
 
 // The runtime's templates over kernels. The code that runs is none of 9.0, so nobody asks for clusters.
 template <typename... Parameters, typename... Arguments>
-cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...), Arguments... arguments) {
+cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
+                               Arguments... arguments) {
   if (config->numAttrs != 0) return cudaErrorNotSupported;
   if (config->dynamicSmemBytes + 1024 > emulated::kSharedBytes) return cudaErrorInvalidValue;
   emulated::launch(config->gridDim, config->blockDim.x, [&] { kernel(arguments...); });
