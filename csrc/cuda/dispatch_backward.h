@@ -39,7 +39,7 @@ inline BackwardPlan backward_plan(int64_t M, int64_t N, int64_t K, int processor
 // (double-quantized, block 64): the kernel, and dequantize + cuBLAS, whose decoding alone takes 20 or 57:
 //
 //            M   4096 x 4096    14336 x 4096   4096 x 14336
-//   few(*)   1    20 |            40 |            39 |
+//   few      1    20 |            40 |            39 |
 //           16    21 |            40 |            36 |
 //           64    34 |            81 |            72 |
 //   many   256                                    66 | 112
@@ -47,7 +47,6 @@ inline BackwardPlan backward_plan(int64_t M, int64_t N, int64_t K, int processor
 //         4096   210 | 195       716 | 681       778 | 682
 //         8192   452 | 372      1474 | 1327     1581 | 1347
 //
-// (*) a version before the present one, which has not been measured.
 // The kernel for many takes about the same time for all M up to 256: of a large weight, it takes over from 33 rows on.
 inline BackwardChoice choose_backward(LinearChoice::Path asked, int64_t M, int64_t N, int64_t K, bool few, bool many,
                                       int processors) {

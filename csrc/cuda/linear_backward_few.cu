@@ -12,17 +12,17 @@
 //   The warps' sums meet in shared memory; the blocks of a cluster, which share the rows among them, add theirs
 //   through it. The order of all sums is fixed.
 //
-// Bound: bytes of W (0.516 a weight at block 64, double-quantized), then passes of shared memory: 2 a look-up, 64
-// weights. On an H100 80GB a version whose copies of W and of scales conflicted there took 20 us for one row of
-// 4096 x 4096 and 40 of 14336 x 4096, where a kernel that only reads the same bytes takes 6 and 10 and cuBLAS with a
-// decoded weight 21 and 55: 36 to 49 thousand passes in 47 thousand cycles, of which the look-ups are 16. This version,
-// in which they do not conflict, has not been measured.
+// Bound: bytes of W (0.516 a weight at block 64, double-quantized), then the look-ups (8 bytes of shared memory for two
+// weights). Reached on an H100 80GB at one row: 4096 x 4096 20 us, 14336 x 4096 40 us, where a kernel that only reads
+// the same bytes takes 6 and 10 (cuBLAS with a decoded weight: 21 and 55). Stalls: a quarter of them wait for the
+// copies of scales to be accepted (4 bytes each from 8 rows: 22 passes of the L1 cache a copy), a quarter for look-ups.
 #include <algorithm>
 #include <atomic>
 
 #include "copy_async.cuh"
 #include "decode.cuh"
 #include "launch.h"
+#include "pair_table.cuh"
 
 namespace qlora_engine::cuda {
 namespace {
@@ -30,20 +30,23 @@ namespace {
 constexpr int kColumns = 256;  // of dX, a thread block
 constexpr int kChunk = 16;     // rows of W, a warp at a time
 constexpr int kTableBytes = 256 * 256;
-constexpr int kMapBytes = 256 * 4 + 16;  // and the offset: a register more would spill
+constexpr int kMapBytes = 256 * 4;
 constexpr int kMostBlocks = 8;  // of a cluster, on every GPU that has clusters
 
 // kTiles: tiles of 8 tokens. Fewer columns a warp where there are more tokens: the accumulators must fit.
 template <int kTiles>
 struct Shape {
-  static constexpr int kWords = kTiles <= 2 ? 2 : 1;  // of each row, a lane
+  static constexpr int kWords = kTiles == 1 ? 4 : kTiles == 2 ? 2 : 1;  // of each row, a lane
   static constexpr int kWarps = kTiles == 8 ? 8 : 16;
   static constexpr int kThreads = kWarps * 32;
   static constexpr int kAcross = 4 / kWords;           // warps side by side
   static constexpr int kGroups = kWarps / kAcross;     // warps that share the rows
+  static constexpr int kBlocks = kWords;               // of 64 columns, a warp
+  static constexpr int kScales = kWords == 4 ? 2 : 1;  // a lane decodes, of the 16 kBlocks of a chunk
   static constexpr int kProducts = 4 * kWords;
-  static constexpr int kDepth = kWords == 2 ? 6 : 8;
-  static constexpr int kChunkBytes = 4 * kWords * 4 * 32;  // a chunk's share of a warp
+  static constexpr int kDepth = kWords == 4 ? 3 : kWords == 2 ? 4 : 6;
+  static constexpr int kWordsBytes = 4 * kWords * 4 * 32;  // a chunk's share of a warp
+  static constexpr int kChunkBytes = kWordsBytes + kScales * 8 * 32;
   static constexpr int kTokens = kTiles * 8;
   // sums of a warp group: a row of kColumns for each token, pairs of tokens 8 banks apart
   static constexpr int kPairPitch = 2 * kColumns + 8;
@@ -52,21 +55,6 @@ struct Shape {
       std::max(kMapBytes + kTableBytes + kWarps * kDepth * kChunkBytes, kGroups * kSumBytes);
   static_assert(kSharedBytes <= 232448, "what a block of sm_90 may have");
 };
-
-__device__ __forceinline__ void mma(__half, float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3,
-                                    uint32_t b0, uint32_t b1) {
-  asm volatile(
-      "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
-}
-__device__ __forceinline__ void mma(__nv_bfloat16, float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3,
-                                    uint32_t b0, uint32_t b1) {
-  asm volatile(
-      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
-}
 
 __device__ __forceinline__ void cluster_barrier() {
 #if __CUDA_ARCH__ >= 900
@@ -111,51 +99,49 @@ __global__ void __launch_bounds__(Shape<kTiles>::kThreads, 1)
   // W and what the scales are made of, chunk by chunk, into this lane's part of a ring
   const int column = first_column + (across * 8 + g) * 8 * kWords;
   const bool column_inside = column < K;
-  const uint32_t ring = kTableBytes + kMapBytes + warp * S::kDepth * S::kChunkBytes;
-  // Of four rows 4 t + r, the runs of all eight g lie side by side, so that a row's copies do not conflict; their order
-  // depends on t, so that reading them back does not either.
-  const uint32_t place = t * 32 * kWords + (kWords == 2 ? g ^ t / 2 * 4 : g) * 4 * kWords;
-  // the scale that this lane decodes: of row scale_row and 64 columns from scale_column on
-  const int scale_row = lane / 2;
-  const int scale_column = first_column + (across * kWords + (kWords == 2 ? lane % 2 : 0)) * 64;
+  const uint32_t ring = shared_address(shared) + kTableBytes + kMapBytes + warp * S::kDepth * S::kChunkBytes;
+  const uint32_t words_at = ring + lane * kWords * 4, scales_at = ring + S::kWordsBytes + lane * 4;
+  // the scales that this lane decodes: of rows scale_row (and scale_row + 2), 64 columns from scale_column on
+  const int scale_row = kWords == 4 ? lane / 8 * 4 + lane / 4 % 2 : lane / 2;
+  const int scale_column = first_column + (across * S::kBlocks + (kWords == 4   ? lane % 4
+                                                                  : kWords == 2 ? lane % 2
+                                                                                : 0)) * 64;
   // N is a multiple of 4: a lane's four rows lie all inside, or none does
-  const int row_bytes = K / 2;
+  const int64_t row_bytes = K / 2;
   const int end_row = min(end * kChunk, N);
   const uint8_t* load_from = weight.packed + (int64_t((begin + group) * kChunk + 4 * t) * K + column) / 2;
   // runs of 64 columns are counted in 32 bits, from the beginning of W
-  uint32_t run = uint32_t((begin + group) * kChunk + scale_row) * uint32_t(K / 64) + scale_column / 64;
+  uint32_t load_run = uint32_t((begin + group) * kChunk + scale_row) * uint32_t(K / 64) + scale_column / 64;
   const uint32_t row_runs = K / 64;
   const int shift = weight.log2_blocksize - 6;
+  uint32_t bytes = 0;  // where in their words the codes of the chunks under way lie, 4 bits a chunk
   auto load = [&](int chunk, int slot) {
+    bytes <<= 4;
+    const uint32_t to = words_at + slot * S::kChunkBytes, scale_to = scales_at + slot * S::kChunkBytes;
     if (column_inside && chunk * kChunk + 4 * t < end_row) {
-      const uint32_t to = shared_address(shared) + ring + slot * S::kChunkBytes + place;
 #pragma unroll
       for (int r = 0; r < 4; ++r) copy_async<kWords * 4>(to + r * kWords * 128, load_from + r * row_bytes);
     }
+#pragma unroll
+    for (int i = 0; i < S::kScales; ++i) {
+      const bool inside = scale_column < K && chunk * kChunk + scale_row + 2 * i < end_row;
+      const uint32_t block = inside ? (load_run + 2 * i * row_runs) >> shift : 0;
+      const uint32_t at = scale_to + i * 256;
+      if constexpr (kNested) {  // the aligned word that the code lies in, as far as there are codes
+        const uint32_t first = block & ~3u, codes = uint32_t(weight.blocks) - first;
+        copy_async<4>(at, weight.absmax_codes + first, min(codes, 4u));
+        copy_async<4>(at + 128, weight.nested_absmax + block / uint32_t(kNestedBlocksize), inside ? 4 : 0);
+        bytes |= (block & 3u) << (2 * i);
+      } else {
+        copy_async<4>(at + 128, weight.absmax + block, inside ? 4 : 0);
+      }
+    }
     copies_commit();
-    load_from += int64_t(S::kGroups * kChunk) * row_bytes;
+    load_from += S::kGroups * kChunk * row_bytes;
+    load_run += S::kGroups * kChunk * row_runs;
   };
 #pragma unroll
   for (int i = 0; i < S::kDepth; ++i) load(begin + group + i * S::kGroups, i);
-
-  // what the scale is made of, a chunk ahead
-  float next_scale;
-  uint32_t next_code;
-  auto load_scale = [&](int chunk) {
-    next_scale = 0.f;
-    next_code = 0;
-    if (scale_column < K && chunk * kChunk + scale_row < end_row) {
-      const uint32_t block = run >> shift;
-      if constexpr (kNested) {
-        next_code = __ldg(weight.absmax_codes + block);
-        next_scale = __ldg(weight.nested_absmax + block / uint32_t(kNestedBlocksize));
-      } else {
-        next_scale = __ldg(weight.absmax + block);
-      }
-    }
-    run += S::kGroups * kChunk * row_runs;
-  };
-  load_scale(begin + group);
 
   // of dY, rows g, g + 8, ..., columns 4 t to 4 t + 3 of the chunk
   const T* grad_from = grad + int64_t(g) * N + (begin + group) * kChunk + 4 * t;
@@ -179,8 +165,8 @@ __global__ void __launch_bounds__(Shape<kTiles>::kThreads, 1)
       reinterpret_cast<float4*>(table)[i] = make_float4(first, second, first, second);
     }
     if (kNested && threadIdx.x < 256) map[threadIdx.x] = __ldg(kDynamicMap + threadIdx.x);
-    if (kNested && threadIdx.x == 0) map[256] = __ldg(weight.nested_offset);
   }
+  const float offset = kNested ? __ldg(weight.nested_offset) : 0.f;
   __syncthreads();
 
   float sums[kTiles][S::kProducts][4] = {};
@@ -188,31 +174,44 @@ __global__ void __launch_bounds__(Shape<kTiles>::kThreads, 1)
   int slot = 0;
   for (int chunk = begin + group; chunk < end; chunk += S::kGroups) {
     copies_wait<S::kDepth - 1>();
-    const char* own = shared + ring + slot * S::kChunkBytes + place;
+    const char* own = shared + (words_at - shared_address(shared)) + slot * S::kChunkBytes;
+    const char* own_scales = shared + (scales_at - shared_address(shared)) + slot * S::kChunkBytes;
     uint32_t words[4][kWords];
 #pragma unroll
     for (int r = 0; r < 4; ++r) {
       const char* from = own + r * kWords * 128;
-      if constexpr (kWords == 2) {
+      if constexpr (kWords == 4) {
+        const uint4 v = *reinterpret_cast<const uint4*>(from);
+        words[r][0] = v.x, words[r][1] = v.y, words[r][2] = v.z, words[r][3] = v.w;
+      } else if constexpr (kWords == 2) {
         const uint2 v = *reinterpret_cast<const uint2*>(from);
         words[r][0] = v.x, words[r][1] = v.y;
       } else {
         words[r][0] = *reinterpret_cast<const uint32_t*>(from);
       }
     }
-    const float decoded = kNested ? decode_scale(map[next_code], next_scale, map[256]) : next_scale;
+    float decoded[S::kScales];
+#pragma unroll
+    for (int i = 0; i < S::kScales; ++i) {
+      decoded[i] = *reinterpret_cast<const float*>(own_scales + i * 256 + 128);
+      if constexpr (kNested) {
+        const uint32_t byte = bytes >> (4 * (S::kDepth - 1) + 2 * i) & 3u;
+        const uint32_t code = permute(*reinterpret_cast<const uint32_t*>(own_scales + i * 256), 0, 0x4440u | byte);
+        decoded[i] = decode_scale(map[code], decoded[i], offset);
+      }
+    }
     uint2 b[kTiles];
 #pragma unroll
     for (int i = 0; i < kTiles; ++i) b[i] = next_grad[i];
     load(chunk + S::kDepth * S::kGroups, slot);
     slot = slot + 1 == S::kDepth ? 0 : slot + 1;
     load_grad(chunk + S::kGroups, next_grad);
-    load_scale(chunk + S::kGroups);
 
     float scale[4];  // of rows 4 t + r
 #pragma unroll
     for (int r = 0; r < 4; ++r) {
-      scale[r] = __shfl_sync(kWholeWarp, decoded, t * 8 + r * 2 + (kWords == 2 ? g / 4 : 0));
+      const int from = kWords == 4 ? t * 8 + r % 2 * 4 + g / 2 : t * 8 + r * 2 + (kWords == 2 ? g / 4 : 0);
+      scale[r] = __shfl_sync(kWholeWarp, decoded[kWords == 4 ? r / 2 : 0], from);
     }
 #pragma unroll
     for (int j = 0; j < S::kProducts; ++j) {
@@ -250,13 +249,13 @@ __global__ void __launch_bounds__(Shape<kTiles>::kThreads, 1)
     }
   }
   __syncthreads();
-  const auto pair_place = [&](int i) {  // of pair i: token, column / 2
+  const auto place = [&](int i) {  // of pair i: token, column / 2
     return i / (kColumns / 2) / 2 * S::kPairPitch + i / (kColumns / 2) % 2 * kColumns + i % (kColumns / 2) * 2;
   };
   const int pairs = M * (kColumns / 2);
   if (blocks > 1) {
     for (int i = threadIdx.x; i < pairs; i += S::kThreads) {
-      float2* first = reinterpret_cast<float2*>(totals + pair_place(i));
+      float2* first = reinterpret_cast<float2*>(totals + place(i));
       float2 sum = *first;
 #pragma unroll
       for (int other = 1; other < S::kGroups; ++other) {
@@ -269,7 +268,7 @@ __global__ void __launch_bounds__(Shape<kTiles>::kThreads, 1)
   }
   // this block's share of the sums over all
   for (int i = threadIdx.x + rank * S::kThreads; i < pairs; i += blocks * S::kThreads) {
-    const float* first = totals + pair_place(i);
+    const float* first = totals + place(i);
     float2 sum = make_float2(0.f, 0.f);
     if (blocks > 1) {
       for (int other = 0; other < blocks; ++other) {
@@ -376,9 +375,9 @@ bool linear_backward_few_rows_fit(const Nf4Weight& weight, Dtype dtype, const vo
   int device = 0, shared = 0;
   if (cudaGetDevice(&device) != cudaSuccess) return false;
   if (cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device) != cudaSuccess) return false;
-  constexpr int kNeeded =
-      std::max({Shape<1>::kSharedBytes, Shape<2>::kSharedBytes, Shape<4>::kSharedBytes, Shape<8>::kSharedBytes});
-  if (shared < kNeeded) return false;
+  if (shared < std::max({Shape<1>::kSharedBytes, Shape<2>::kSharedBytes, Shape<4>::kSharedBytes, Shape<8>::kSharedBytes})) {
+    return false;
+  }
   return aligned(grad, 8) && aligned(dx, 4) && aligned(weight.packed, 16);
 }
 

@@ -4,7 +4,7 @@
 //
 //        packed W [64 n, 128 k]  --cp.async-->  warpgroup 0 decodes   --st.shared-->  decoded [64 n, 128 k], swizzled
 //        dY [256 m, 64 n]        --TMA------------------------------------------->  tile, swizzled
-//        warpgroups 1, 2: wgmma m64n256k16, 64 columns each: A = decoded W transposed (MN-major), B = dY
+//                          warpgroups 1, 2: wgmma m64n256k16, 64 columns each: A = decoded W transposed (MN-major), B = dY
 //
 //   A decoding thread owns one row n and 64 columns, that is one scale: the 16 products of its block are a table in
 //   its registers, and the elements are looked up by prmt. Every element is round(level * absmax), as a dequantized
