@@ -326,8 +326,10 @@ cudaError_t launch(const FewRows& problem, const Nf4Weight& weight, unsigned blo
     tile.box_rows = uint32_t(rest);
     if (cudaError_t error = encode(tile, &rest_map)) return error;
   }
-  kernel<<<blocks, kThreads, L::kBytes, stream>>>(problem, weight, panel_map, rest_map);
-  return cudaGetLastError();
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(blocks), config.blockDim = dim3(kThreads), config.dynamicSmemBytes = L::kBytes;
+  config.stream = stream;
+  return cudaLaunchKernelEx(&config, kernel, problem, weight, panel_map, rest_map);
 }
 
 template <typename T, bool kNested, int kTiles>

@@ -25,4 +25,9 @@ int run_linear_sm90(const void* x, const Nf4Weight* weight, const void* bias, in
   return linear_nf4_sm90(x, *weight, bias, Dtype(dtype), y, M, N, K, {tokens, pair, splits}, nullptr);
 }
 
+int run_few_rows_sm90(const void* x, const Nf4Weight* weight, const void* bias, int dtype, void* y, int64_t M,
+                      int64_t N, int64_t K) {
+  return linear_nf4_few_rows_sm90(x, *weight, bias, Dtype(dtype), y, M, N, K, nullptr);
+}
+
 }  // extern "C"

@@ -58,14 +58,16 @@ def copy_aligned(tensor):
 
 
 def fused(kernels, x, w4, config, bias=None):
+    """y of the kernel for many rows in a configuration; None: of the kernel for few."""
     M, (N, K) = x.shape[0], w4.shape
     packed = torch.zeros(w4.packed.numel() + 64, dtype=torch.uint8)
     start = -packed.data_ptr() % 16
     packed = packed[start : start + w4.packed.numel()].copy_(w4.packed)
     x, y = copy_aligned(x), aligned((M, N), x.dtype)
     weight = Weight(N * K, packed, *w4.arguments[1:])
-    numbers = [ctypes.c_int64(n) for n in (M, N, K)] + [ctypes.c_int(n) for n in config]
-    error = kernels.run_linear_sm90(
+    run = kernels.run_few_rows_sm90 if config is None else kernels.run_linear_sm90
+    numbers = [ctypes.c_int64(n) for n in (M, N, K)] + [ctypes.c_int(n) for n in config or ()]
+    error = run(
         pointer(x), ctypes.byref(weight), pointer(bias), ctypes.c_int(DTYPES.index(x.dtype)), pointer(y), *numbers
     )
     assert error == 0
@@ -114,3 +116,16 @@ def test_weights_are_decoded_as_dequantize_does(kernels):
     w4 = quantize(torch.randn(130, 128) * torch.logspace(-6, 1, 130).unsqueeze(1), 64)
     eye = torch.eye(128, dtype=torch.bfloat16)
     assert torch.equal(fused(kernels, eye, w4, (128, 1, 1)), w4.dequantize(torch.bfloat16).T)
+
+
+# On two multiprocessors: panels of 1, 2, 4 and 8 groups of 8 rows, several panels, a shorter last one, an odd last row
+@pytest.mark.parametrize("N", [3, 17, 40, 64, 120, 150, 305])
+@pytest.mark.parametrize(("M", "K", "blocksize"), [(1, 64, 64), (3, 1088, 64), (16, 1280, 64), (9, 2048, 256)])
+def test_few_rows(kernels, M, K, N, blocksize):
+    dtype, double_quant = (torch.bfloat16, torch.float16)[N % 2], N % 3 > 0
+    x, w4 = case(M, N, K, dtype, blocksize, double_quant)
+    bias = torch.randn(N).to(dtype)
+    weight = w4.dequantize(dtype).double()
+    size = (x.double().square() @ weight.square().T).sqrt()
+    y = fused(kernels, x, w4, None, bias)
+    assert_close("y", y, x.double() @ weight.T + bias.double(), 1.5 * RELATIVE_RMS[dtype], size)

@@ -35,6 +35,7 @@ PTX = {
     ),
 }
 
+
 def _ptx(match: re.Match) -> str:
     statement = match[0]
     if '("" :' in statement:
@@ -104,7 +105,7 @@ def write_sources(folder: Path, hopper: bool = False) -> list[Path]:
     return sources
 
 
-NOT_EMULATED = ("linear_backward_sm90", "linear_few_rows_sm90")
+NOT_EMULATED = ("linear_backward_sm90",)
 
 # What encode of tensor_map.h asks of the driver
 ENCODE = """
