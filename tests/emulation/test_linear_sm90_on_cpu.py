@@ -118,7 +118,7 @@ def test_weights_are_decoded_as_dequantize_does(kernels):
     assert torch.equal(fused(kernels, eye, w4, (128, 1, 1)), w4.dequantize(torch.bfloat16).T)
 
 
-# On two multiprocessors: panels of 1, 2, 4 and 8 groups of 8 rows, several panels, a shorter last one, an odd last row
+# On two multiprocessors: panels of 1, 2, 4 and 8 groups of 8 rows, several panels, a shorter last one, an odd row
 @pytest.mark.parametrize("N", [3, 17, 40, 64, 120, 150, 305])
 @pytest.mark.parametrize(("M", "K", "blocksize"), [(1, 64, 64), (3, 1088, 64), (16, 1280, 64), (9, 2048, 256)])
 def test_few_rows(kernels, M, K, N, blocksize):
