@@ -37,7 +37,7 @@ def collect() -> dict:
     import torch
 
     from qlora_engine.ops import backend
-    from qlora_engine.ops.schema import SCHEMAS
+    from qlora_engine.ops.schema import ADAPTER_SCHEMAS, SCHEMAS
 
     return {
         "qlora_engine": _version("qlora_engine"),
@@ -66,7 +66,8 @@ def collect() -> dict:
             "build": backend.build_info(),
         },
         "operators": {
-            name: {device: backend.implementation(name, device) for device in ("cpu", "cuda")} for name in SCHEMAS
+            name: {device: backend.implementation(name, device) for device in ("cpu", "cuda")}
+            for name in (*SCHEMAS, *ADAPTER_SCHEMAS)
         },
     }
 
@@ -92,8 +93,9 @@ def as_text(report: dict) -> str:
         lines.append(f"  built for   {' and '.join(built)}{_of_architectures(build)}")
     if build.get("reason"):
         lines.append(f"  not more    {build['reason']}")
-    lines.append("operators     " + f"{'CPU':<11}CUDA")
-    lines += [f"  {name:<22}{served['cpu']:<11}{served['cuda']}" for name, served in report["operators"].items()]
+    width = max(map(len, report["operators"])) + 2
+    lines.append(f"{'operators':<{width + 2}}{'CPU':<11}CUDA")
+    lines += [f"  {name:<{width}}{served['cpu']:<11}{served['cuda']}" for name, served in report["operators"].items()]
     lines.append("packages      " + ", ".join(f"{name} {v}" for name, v in report["packages"].items() if v))
     absent = [name for name, version in report["packages"].items() if not version]
     if absent:

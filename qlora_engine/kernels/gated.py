@@ -1,0 +1,103 @@
+"""`gated_activation` and its backward in Triton: h = act(gate) * up, elementwise, in float32.
+
+Bound by bytes: forward reads two values and writes one; backward reads three and writes three, and writes h over the
+gradient and the gradients over gate and up where it may, so that it takes no memory.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from qlora_engine.kernels.launch import on_device
+
+BLOCK = 2048
+WARPS = 4
+
+
+@triton.jit
+def _activate(gate, ACTIVATION: tl.constexpr):
+    """act(gate) and its derivative."""
+    if ACTIVATION == "silu":
+        sigmoid = tl.sigmoid(gate)
+        value = gate * sigmoid
+        slope = sigmoid * (1.0 + gate * (1.0 - sigmoid))
+    elif ACTIVATION == "gelu":
+        below = 0.5 * (1.0 + tl.erf(gate * 0.7071067811865476))
+        value = gate * below
+        slope = below + gate * 0.3989422804014327 * tl.exp(-0.5 * gate * gate)
+    else:
+        # tanh(z) = 2 sigmoid(2 z) - 1
+        inner = 0.7978845608028654 * (gate + 0.044715 * gate * gate * gate)
+        below = tl.sigmoid(2.0 * inner)
+        value = gate * below
+        inner_slope = 0.7978845608028654 * (1.0 + 0.134145 * gate * gate)
+        slope = below + 2.0 * gate * below * (1.0 - below) * inner_slope
+    return value, slope
+
+
+@triton.jit
+def gated_activation_kernel(gate, up, out, count, ACTIVATION: tl.constexpr, BLOCK: tl.constexpr):
+    index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = index < count
+    value, _ = _activate(tl.load(gate + index, mask=inside, other=0.0).to(tl.float32), ACTIVATION)
+    product = value * tl.load(up + index, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out + index, product.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def gated_activation_backward_kernel(
+    grad,
+    gate,
+    up,
+    out,
+    grad_gate,
+    grad_up,
+    count,
+    ACTIVATION: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Outputs may be the inputs themselves: every element is read before it is written, by the same thread."""
+    index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = index < count
+    grad_here = tl.load(grad + index, mask=inside, other=0.0).to(tl.float32)
+    up_here = tl.load(up + index, mask=inside, other=0.0).to(tl.float32)
+    value, slope = _activate(tl.load(gate + index, mask=inside, other=0.0).to(tl.float32), ACTIVATION)
+    dtype = out.dtype.element_ty
+    tl.store(out + index, (value * up_here).to(dtype), mask=inside)
+    tl.store(grad_gate + index, (grad_here * up_here * slope).to(dtype), mask=inside)
+    tl.store(grad_up + index, (grad_here * value).to(dtype), mask=inside)
+
+
+def gated_activation(gate: torch.Tensor, up: torch.Tensor, activation: str) -> torch.Tensor:
+    """See `qlora_engine.ops.gated_activation`."""
+    out = torch.empty_like(gate)
+    if gate.numel():
+        with on_device(gate):
+            gated_activation_kernel[(triton.cdiv(gate.numel(), BLOCK),)](
+                gate, up, out, gate.numel(), ACTIVATION=activation, BLOCK=BLOCK, num_warps=WARPS
+            )
+    return out
+
+
+def gated_activation_backward(
+    grad: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, activation: str
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """See `qlora_engine.ops.gated_activation_backward`."""
+    results = tuple(torch.empty_like(gate) for _ in range(3))
+    _backward(grad, gate, up, results, activation)
+    return results
+
+
+def gated_activation_backward_inplace(
+    grad: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, activation: str
+) -> None:
+    """See `qlora_engine.ops.gated_activation_backward`."""
+    _backward(grad, gate, up, (grad, gate, up), activation)
+
+
+def _backward(grad, gate, up, results, activation):
+    if gate.numel():
+        with on_device(gate):
+            gated_activation_backward_kernel[(triton.cdiv(gate.numel(), BLOCK),)](
+                grad, gate, up, *results, gate.numel(), ACTIVATION=activation, BLOCK=BLOCK, num_warps=WARPS
+            )

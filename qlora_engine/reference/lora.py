@@ -1,0 +1,58 @@
+"""Reference of the operators of a low-rank adapter: the narrow products as PyTorch computes them."""
+
+import torch
+import torch.nn.functional as F
+
+from qlora_engine.reference.dropout import dropout_keep, dropped, keep_scale
+
+
+def narrow_product(a: torch.Tensor, b: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """`a @ b`, accumulated in float32 and returned in `dtype` without a rounding in between."""
+    if a.dtype == dtype:
+        return a @ b
+    if a.is_cuda and dtype == torch.float32:
+        return torch.mm(a, b, out_dtype=dtype)
+    return (a.float() @ b.float()).to(dtype)
+
+
+def lora_down(
+    x: torch.Tensor, lora_A: list[torch.Tensor], scaling: float, dropout_p: float, seed: torch.Tensor | None
+) -> torch.Tensor:
+    """See `qlora_engine.ops.lora_down`."""
+    stacked = torch.cat([A.to(x.dtype) for A in lora_A])
+    S = F.linear(dropped(x, dropout_p, seed), stacked)
+    return S if scaling == 1 else S.mul_(scaling)
+
+
+def lora_add(
+    y: torch.Tensor,
+    S: torch.Tensor,
+    lora_B: torch.Tensor,
+    scaling: float,
+    addends: list[torch.Tensor],
+    dropout_p: float,
+    seed: torch.Tensor | None,
+) -> None:
+    """See `qlora_engine.ops.lora_add`."""
+    for addend in addends:
+        y.add_(addend)
+    if not dropout_p:
+        y.addmm_(S, lora_B.to(y.dtype).T, alpha=scaling)
+        return
+    product = F.linear(S, lora_B.to(y.dtype)).mul_(scaling * keep_scale(dropout_p))
+    y.add_(torch.where(dropout_keep(seed, *y.shape, dropout_p), product, 0))
+
+
+def lora_grad_B(
+    grad: torch.Tensor, S: torch.Tensor, lora_B: torch.Tensor, scaling: float, grad_S: torch.Tensor
+) -> torch.Tensor:
+    """See `qlora_engine.ops.lora_grad_B`."""
+    grad_S.copy_((grad @ lora_B.to(grad.dtype)).mul_(scaling))
+    return narrow_product(grad.T, S, lora_B.dtype).mul_(scaling)
+
+
+def lora_grad_A(
+    grad_S: torch.Tensor, x: torch.Tensor, dropout_p: float, seed: torch.Tensor | None, dtype: torch.dtype
+) -> torch.Tensor:
+    """See `qlora_engine.ops.lora_grad_A`."""
+    return narrow_product(grad_S.T, dropped(x, dropout_p, seed), dtype)
