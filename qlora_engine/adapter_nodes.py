@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 
 from qlora_engine import ops
+from qlora_engine.ops.direct import operator
 
 TENSORS = 7  # of a projection, in the arguments of a node: A, B, bias, packed, absmax, nested_absmax, nested_offset
 
@@ -46,11 +47,11 @@ def _flat(x: torch.Tensor) -> torch.Tensor:
 def _forward(x, seed, group: Group, tensors) -> tuple[list[torch.Tensor], torch.Tensor]:
     """The outputs of a group `[M, out]` for x `[M, in]`, and S `[M, sum of ranks]`."""
     projections = _split(tensors)
-    S = ops.lora_down(x, [A for A, *_ in projections], 1.0, group.dropout_p, seed)
-    outputs, first = [], 0
+    S = operator("lora_down", x)(x, [A for A, *_ in projections], 1.0, group.dropout_p, seed)
+    add, outputs, first = operator("lora_add", x), [], 0
     for (A, B, bias, *weight), member in zip(projections, group.members, strict=True):
         y = ops.linear_nf4(x, *weight, member.blocksize, member.out_features, bias)
-        ops.lora_add(y, S[:, first : first + A.shape[0]], B, member.scaling)
+        add(y, S[:, first : first + A.shape[0]], B, member.scaling, [], 0.0, None)
         outputs.append(y)
         first += A.shape[0]
     return outputs, S
@@ -69,9 +70,9 @@ def _backward_of_S(grads, S, group: Group, tensors, needs):
         if grad is None:
             grad_S[:, part] = 0
         elif need[1]:
-            grad_B = ops.lora_grad_B(grad, S[:, part], B, member.scaling, grad_S[:, part])
+            grad_B = operator("lora_grad_B", grad)(grad, S[:, part], B, member.scaling, grad_S[:, part])
         else:
-            grad_S[:, part] = ops.lora_down(grad, [B.T], member.scaling)
+            grad_S[:, part] = operator("lora_down", grad)(grad, [B.T], member.scaling, 0.0, None)
         if grad is not None and need[2]:
             grad_bias = grad.sum(dim=0)
         rest.append((grad_B, grad_bias))
@@ -89,7 +90,7 @@ def _backward_of_x(grads, grad_S, seed, group: Group, tensors, in_features):
     grad_x, *others = parts
     lora_A = [A for A, *_ in projections]
     stacked = lora_A[0] if len(lora_A) == 1 else torch.cat(lora_A)
-    ops.lora_add(grad_x, grad_S, stacked.T, 1.0, others, group.dropout_p, seed)
+    operator("lora_add", grad_x)(grad_x, grad_S, stacked.T, 1.0, others, group.dropout_p, seed)
     return grad_x
 
 
@@ -99,7 +100,7 @@ def _backward_of_A(grad_S, x, seed, group: Group, tensors, needs):
     if not any(need[0] for need in needs):
         return [None] * len(lora_A)
     dtype = lora_A[0].dtype if len({A.dtype for A in lora_A}) == 1 else torch.float32
-    stacked = ops.lora_grad_A(grad_S, x, group.dropout_p, seed, dtype)
+    stacked = operator("lora_grad_A", x)(grad_S, x, group.dropout_p, seed, dtype)
     parts = stacked.split([A.shape[0] for A in lora_A])
     return [part.to(A.dtype) if need[0] else None for part, A, need in zip(parts, lora_A, needs, strict=True)]
 
@@ -157,7 +158,7 @@ class QLoRAMLP(torch.autograd.Function):
         flat = _flat(x)
         first, second = _seeds(seeds)
         (gate, up), S = _forward(flat, first, inner, tensors[: 2 * TENSORS])
-        h = ops.gated_activation(gate, up, activation)
+        h = operator("gated_activation", gate)(gate, up, activation)
         (y,), S_of_h = _forward(h, second, outer, tensors[2 * TENSORS :])
         kept = [t if i % TENSORS != 2 else None for i, t in enumerate(tensors)]
         ctx.save_for_backward(x if x.is_contiguous() else flat, seeds, S, S_of_h, gate, up, *kept)
@@ -174,7 +175,7 @@ class QLoRAMLP(torch.autograd.Function):
         grads = [_flat(grad)]
         grad_S, outer_rest = _backward_of_S(grads, S_of_h, outer, outer_tensors, needs[2:])
         grad_h = _backward_of_x(grads, grad_S, second, outer, outer_tensors, gate.shape[-1])
-        h, *inner_grads = ops.gated_activation_backward(grad_h, gate, up, activation, inplace=_may_overwrite_saved())
+        h, *inner_grads = _activation_backward(grad_h, gate, up, activation)
         outer_A = _backward_of_A(grad_S, h, second, outer, outer_tensors, needs[2:])
         del h, grad_h, gate, up
         grad_S, inner_rest = _backward_of_S(inner_grads, S, inner, inner_tensors, needs[:2])
@@ -188,6 +189,14 @@ class QLoRAMLP(torch.autograd.Function):
 
 def _seeds(seeds: torch.Tensor | None) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     return (None, None) if seeds is None else (seeds[:1], seeds[1:])
+
+
+def _activation_backward(grad, gate, up, activation):
+    """h, and the gradients of gate and up; over grad, gate and up where they may be."""
+    if not _may_overwrite_saved():
+        return operator("gated_activation_backward", grad)(grad, gate, up, activation)
+    operator("gated_activation_backward_inplace", grad)(grad, gate, up, activation)
+    return grad, gate, up
 
 
 def _may_overwrite_saved() -> bool:

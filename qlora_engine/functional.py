@@ -81,7 +81,7 @@ def qlora_linear(
     >>> A.grad.shape, B.grad.shape
     (torch.Size([4, 64]), torch.Size([8, 4]))
     """
-    (y,) = _apply_group(x, (QLoRAProjection(w4, lora_A, lora_B, scaling, bias, dropout_p),))
+    (y,) = qlora_group(x, QLoRAProjection(w4, lora_A, lora_B, scaling, bias, dropout_p))
     return y
 
 
@@ -129,7 +129,7 @@ def qlora_qkv(
     >>> [y.shape for y in qlora_qkv(torch.randn(2, 64), projection(64), projection(16), projection(16))]
     [torch.Size([2, 64]), torch.Size([2, 16]), torch.Size([2, 16])]
     """
-    return _apply_group(x, (q, k, v))
+    return qlora_group(x, q, k, v)
 
 
 def qlora_mlp(
@@ -178,7 +178,14 @@ def qlora_mlp(
     return QLoRAMLP.apply(x.to(dtype), seeds, inner, outer, activation, *tensors, *more)
 
 
-def _apply_group(x: torch.Tensor, projections: tuple[QLoRAProjection, ...]) -> tuple[torch.Tensor, ...]:
+def qlora_group(x: torch.Tensor, *projections: QLoRAProjection) -> tuple[torch.Tensor, ...]:
+    """One to three projections of one x, as `qlora_qkv` of three.
+
+    Raises:
+        ValueError: as in `qlora_qkv`, or for more projections.
+    """
+    if not 1 <= len(projections) <= 3:
+        raise ValueError(f"there are {len(projections)} projections; a group has one to three")
     group, tensors = _as_group(x, projections)
     seed = _draw_seeds(x, 1) if group.dropout_p else None
     return QLoRAGroup.apply(x.to(compute_dtype(x)), seed, group, *tensors)

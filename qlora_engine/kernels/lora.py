@@ -1,9 +1,14 @@
-"""Launches of the adapter's narrow products: tiles, partitions, and the second stage of split sums.
+"""Launches of the adapter's narrow products: kernel or cuBLAS, tiles, partitions, the second stage of split sums.
 
 The formulas and what bounds them are in `lora_kernels.py`. A reduction is split where its output alone gives too few
 programs to fill the card; the partition follows from shapes, so results repeat bit for bit.
+
+Without dropout cuBLAS reads the wide operand once for one product as fast as memory gives it, and its call costs the
+host less than a Triton launch. So the kernels serve dropout, and what one pass over a large matrix saves.
+QLORA_ENGINE_LORA=auto (default) | triton | blas (no kernel where there is no dropout) forces the choice.
 """
 
+import os
 from typing import NamedTuple
 
 import torch
@@ -16,10 +21,22 @@ from qlora_engine.kernels.lora_kernels import (
     lora_grad_A_kernel,
     lora_grad_B_kernel,
 )
+from qlora_engine.reference import lora as blas
 from qlora_engine.reference.dropout import keep_scale, threshold
 
 # One read of dY gives dS and dB up to this rank; beyond, the partials of dS weigh more than a second read
 LARGEST_SHARED_RANK = 64
+# Elements of a wide matrix from which one pass instead of two is worth a kernel: 32 MiB, 11 us of an H100's bandwidth
+LARGE = 1 << 24
+ONE_READ_RANK = 32  # up to it, one read of dY takes less time than two products of cuBLAS
+CHOICE_VARIABLE = "QLORA_ENGINE_LORA"
+_choice = os.environ.get(CHOICE_VARIABLE, "auto")
+if _choice not in ("auto", "triton", "blas"):
+    raise ValueError(f"{CHOICE_VARIABLE}={_choice!r}; expected auto, triton or blas")
+
+
+def _use_kernel(dropout_p: float, saves_a_pass: bool) -> bool:
+    return dropout_p > 0 or (saves_a_pass if _choice == "auto" else _choice == "triton")
 
 
 class Tiles(NamedTuple):
@@ -77,6 +94,8 @@ def lora_down(
     x: torch.Tensor, lora_A: list[torch.Tensor], scaling: float, dropout_p: float, seed: torch.Tensor | None
 ) -> torch.Tensor:
     """See `qlora_engine.ops.lora_down`."""
+    if not _use_kernel(dropout_p, False):
+        return blas.lora_down(x, lora_A, scaling, dropout_p, seed)
     A = _stacked(lora_A)
     out = x.new_empty(x.shape[0], A.shape[0])
     return _down(x, A, out, scaling, dropout_p, seed)
@@ -132,6 +151,8 @@ def lora_add(
 ) -> None:
     """See `qlora_engine.ops.lora_add`."""
     (M, N), rank = y.shape, S.shape[1]
+    if not _use_kernel(dropout_p, M * N >= LARGE):
+        return blas.lora_add(y, S, lora_B, scaling, addends, dropout_p, seed)
     if not y.numel():
         return
     tiles = add_tiles(M, N, rank, y.dtype)
@@ -168,6 +189,8 @@ def lora_grad_B(
 ) -> torch.Tensor:
     """See `qlora_engine.ops.lora_grad_B`."""
     (M, N), rank = grad.shape, S.shape[1]
+    if not _use_kernel(0.0, M * N >= LARGE and rank <= ONE_READ_RANK):
+        return blas.lora_grad_B(grad, S, lora_B, scaling, grad_S)
     out = torch.empty(N, rank, dtype=lora_B.dtype, device=grad.device)
     if not M or not N:
         grad_S.zero_()
@@ -216,6 +239,8 @@ def lora_grad_A(
     grad_S: torch.Tensor, x: torch.Tensor, dropout_p: float, seed: torch.Tensor | None, dtype: torch.dtype
 ) -> torch.Tensor:
     """See `qlora_engine.ops.lora_grad_A`."""
+    if not _use_kernel(dropout_p, False):
+        return blas.lora_grad_A(grad_S, x, dropout_p, seed, dtype)
     out = torch.empty(grad_S.shape[1], x.shape[1], dtype=dtype, device=x.device)
     return _sum_over_rows(grad_S, x, out, 1.0, dropout_p, seed)
 

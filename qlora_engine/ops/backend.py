@@ -116,6 +116,11 @@ def _load_library() -> None:
         raise ImportError(f"{ENVIRONMENT_VARIABLE}=compiled, but the compiled library is missing: {_library_error}")
 
 
+def reference_function(name: str):
+    """The reference of an operator, without argument checks."""
+    return _REFERENCE[name]
+
+
 def reference_operator(name: str):
     """The reference of an operator behind the argument checks that the compiled operators make themselves."""
     from qlora_engine.ops.checks import CHECKS

@@ -19,8 +19,8 @@ def lora_down(
     x: torch.Tensor, lora_A: list[torch.Tensor], scaling: float, dropout_p: float, seed: torch.Tensor | None
 ) -> torch.Tensor:
     """See `qlora_engine.ops.lora_down`."""
-    stacked = torch.cat([A.to(x.dtype) for A in lora_A])
-    S = F.linear(dropped(x, dropout_p, seed), stacked)
+    stacked = lora_A[0] if len(lora_A) == 1 else torch.cat(lora_A)
+    S = F.linear(dropped(x, dropout_p, seed), stacked.to(x.dtype))
     return S if scaling == 1 else S.mul_(scaling)
 
 
@@ -47,8 +47,9 @@ def lora_grad_B(
     grad: torch.Tensor, S: torch.Tensor, lora_B: torch.Tensor, scaling: float, grad_S: torch.Tensor
 ) -> torch.Tensor:
     """See `qlora_engine.ops.lora_grad_B`."""
-    grad_S.copy_((grad @ lora_B.to(grad.dtype)).mul_(scaling))
-    return narrow_product(grad.T, S, lora_B.dtype).mul_(scaling)
+    torch.addmm(grad_S, grad, lora_B.to(grad.dtype), beta=0, alpha=scaling, out=grad_S)  # beta 0: reads no grad_S
+    grad_B = narrow_product(grad.T, S, lora_B.dtype)
+    return grad_B if scaling == 1 else grad_B.mul_(scaling)
 
 
 def lora_grad_A(

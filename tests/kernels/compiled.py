@@ -38,12 +38,12 @@ class Recorder:
 def record(monkeypatch, modules, function, *arguments) -> list[Launch]:
     """The launches of a function called with tensors of the meta device."""
     launches = []
-    for module in modules:
-        for name, value in list(vars(module).items()):
-            if isinstance(value, triton.runtime.JITFunction) and name.endswith("_kernel"):
-                monkeypatch.setattr(module, name, Recorder(value, launches))
-    function(*arguments)
-    monkeypatch.undo()
+    with monkeypatch.context() as patch:
+        for module in modules:
+            for name, value in list(vars(module).items()):
+                if isinstance(value, triton.runtime.JITFunction) and name.endswith("_kernel"):
+                    patch.setattr(module, name, Recorder(value, launches))
+        function(*arguments)
     return launches
 
 

@@ -42,8 +42,11 @@ CASES = [
 @pytest.mark.parametrize("capability", SHARED_MEMORY)
 @pytest.mark.parametrize(("dtype", "rank", "dropout_p", "adapter_dtype"), CASES)
 def test_narrow_products(monkeypatch, dtype, rank, dropout_p, adapter_dtype, capability):
+    monkeypatch.setattr(lora, "_choice", "triton")
     for name, arguments in calls(dtype, rank, dropout_p, adapter_dtype).items():
-        for one in record(monkeypatch, (lora, launch), kernels.function(name), *arguments):
+        launches = record(monkeypatch, (lora, launch), kernels.function(name), *arguments)
+        assert launches, name
+        for one in launches:
             usage = compile_launch(one, capability)
             what = f"{name}: {one.kernel.__name__} for sm_{capability}: {usage.registers} registers, {usage.shared} B"
             assert usage.shared <= SHARED_MEMORY[capability], what

@@ -12,7 +12,7 @@ pytest.importorskip("triton", minversion="3.6")
 
 def test_kernels_in_the_interpreter():
     root = Path(__file__).parents[2]
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(root)}
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "QLORA_ENGINE_LORA": "triton", "PYTHONPATH": str(root)}
     command = [sys.executable, "-W", "ignore", "-m", "tests.kernels.interpreted"]
     run = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout + run.stderr

@@ -20,6 +20,19 @@ P = 0.3
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
 
+@pytest.fixture(
+    params=["cpu", *(pytest.param(f"cuda {choice}", marks=pytest.mark.gpu) for choice in ("triton", "blas"))]
+)
+def device(request, monkeypatch) -> str:
+    """Here a GPU is tested twice: with kernels wherever there are any, and with cuBLAS wherever it can serve."""
+    device, _, choice = request.param.partition(" ")
+    if choice and backend.implementation("lora_down", "cuda") == "triton":
+        from qlora_engine.kernels import lora as kernels
+
+        monkeypatch.setattr(kernels, "_choice", choice)
+    return device
+
+
 def matrix(device, dtype, *shape):
     return torch.randn(shape, device=device).to(dtype)
 

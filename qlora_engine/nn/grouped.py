@@ -1,0 +1,108 @@
+"""Layers that act together: projections of one input in one pass, and a gated MLP in one autograd node.
+
+Nothing about a model's modules changes but what these put on instances: `QLoRALinear.group`, and a `forward` on a
+gated MLP. Both stand aside, and the layers compute by themselves, whenever a layer is not in the simple state:
+exactly one adapter acts, and nothing listens to the layer's calls.
+"""
+
+import weakref
+
+import torch
+from torch import nn
+
+from qlora_engine import functional
+from qlora_engine.nn.qlora_linear import QLoRALinear
+
+PATIENCE = 3  # times that the results of a shared pass may go unused before it is given up
+
+
+def plain_projection(layer: nn.Module) -> functional.QLoRAProjection | None:
+    """What a layer computes, for use in a group; None where its own forward has to run.
+
+    That is: it is no `QLoRALinear`, other than one adapter acts, or hooks or a replaced forward would be passed by.
+    """
+    if type(layer) is not QLoRALinear or "forward" in layer.__dict__:
+        return None
+    hooks = layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks
+    return None if any(len(hook) for hook in hooks) else layer.projection()
+
+
+class SharedInput:
+    """Projections that a module applies to one tensor, one after another, computed in one pass.
+
+    The first layer's call computes all; the calls of the others, with the very same tensor, find theirs waiting. A
+    call with another tensor, or while `torch.compile` traces, computes that layer alone. Where results go unused
+    PATIENCE times in a row, the layers are not used in this way, and each computes alone from then on.
+
+    Args:
+        layers: two or three layers with inputs of one size, in the order in which they are called.
+    """
+
+    def __init__(self, layers: tuple[QLoRALinear, ...]):
+        self.layers = tuple(layers)
+        self.unused = 0
+        self._forget()
+
+    def product(self, layer: QLoRALinear, x: torch.Tensor) -> torch.Tensor | None:
+        """A layer's output for x, or None where it has to compute it itself."""
+        if torch.compiler.is_compiling() or self.unused >= PATIENCE:
+            return None
+        index = next((i for i, member in enumerate(self.layers) if member is layer), None)
+        if index is None:  # a replica of the layer, which shares this object
+            return None
+        if index:
+            found = self.waiting.pop(index, None) if self._is_input(x) else None
+            if not self.waiting:
+                self._forget()
+                self.unused = 0
+            return found
+        if self.waiting:
+            self.unused += 1
+            self._forget()
+            if self.unused >= PATIENCE:
+                return None
+        projections = [layer.projection(), *(plain_projection(member) for member in self.layers[1:])]
+        if any(p is None for p in projections) or len({p.dropout_p for p in projections}) > 1:
+            return None
+        first, *others = functional.qlora_group(x, *projections)
+        self.input, self.state = weakref.ref(x), _state(x)
+        self.waiting = dict(enumerate(others, 1))
+        return first
+
+    def _is_input(self, x: torch.Tensor) -> bool:
+        return self.input is not None and self.input() is x and self.state == _state(x)
+
+    def _forget(self) -> None:
+        self.input, self.state, self.waiting = None, None, {}
+
+    def __getstate__(self):
+        return self.layers
+
+    def __setstate__(self, layers):
+        self.__init__(layers)
+
+
+def _state(x: torch.Tensor) -> tuple:
+    """What else decides the result of a product with x."""
+    version = None if x.is_inference() else x._version
+    return version, torch.is_grad_enabled(), functional.compute_dtype(x)
+
+
+class GatedMLPForward:
+    """The forward of a module that computes `down(act(gate(x)) * up(x))`: `functional.qlora_mlp` where it can be.
+
+    Args:
+        module: the module; its class's forward is what runs where it cannot.
+        names: of the layers gate, up and down in it.
+        activation: as in `functional.qlora_mlp`.
+    """
+
+    def __init__(self, module: nn.Module, names: tuple[str, str, str], activation: str):
+        self.module, self.names, self.activation = module, names, activation
+
+    def __call__(self, x: torch.Tensor, *arguments, **options) -> torch.Tensor:
+        if not arguments and not options:
+            projections = [plain_projection(getattr(self.module, name)) for name in self.names]
+            if all(p is not None for p in projections) and projections[0].dropout_p == projections[1].dropout_p:
+                return functional.qlora_mlp(x, *projections, self.activation)
+        return type(self.module).forward(self.module, x, *arguments, **options)
