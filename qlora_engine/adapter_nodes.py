@@ -10,7 +10,6 @@ from typing import NamedTuple
 
 import torch
 
-from qlora_engine import ops
 from qlora_engine.ops.direct import operator
 
 TENSORS = 7  # of a projection, in the arguments of a node: A, B, bias, packed, absmax, nested_absmax, nested_offset
@@ -48,9 +47,10 @@ def _forward(x, seed, group: Group, tensors) -> tuple[list[torch.Tensor], torch.
     """The outputs of a group `[M, out]` for x `[M, in]`, and S `[M, sum of ranks]`."""
     projections = _split(tensors)
     S = operator("lora_down", x)(x, [A for A, *_ in projections], 1.0, group.dropout_p, seed)
-    add, outputs, first = operator("lora_add", x), [], 0
+    product, add = operator("linear_nf4", x), operator("lora_add", x)
+    outputs, first = [], 0
     for (A, B, bias, *weight), member in zip(projections, group.members, strict=True):
-        y = ops.linear_nf4(x, *weight, member.blocksize, member.out_features, bias)
+        y = product(x, *weight, member.blocksize, member.out_features, bias)
         add(y, S[:, first : first + A.shape[0]], B, member.scaling, [], 0.0, None)
         outputs.append(y)
         first += A.shape[0]
@@ -83,7 +83,7 @@ def _backward_of_x(grads, grad_S, seed, group: Group, tensors, in_features):
     """Gradient of x `[M, in]`: the sum over the projections, and the adapters' part in the same pass."""
     projections = _split(tensors)
     parts = [
-        ops.linear_nf4_backward(grad, *weight, member.blocksize, in_features)
+        operator("linear_nf4_backward", grad)(grad, *weight, member.blocksize, in_features)
         for grad, (_A, _B, _bias, *weight), member in zip(grads, projections, group.members, strict=True)
         if grad is not None
     ]

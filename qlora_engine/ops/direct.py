@@ -11,13 +11,14 @@ import torch
 
 from qlora_engine import kernels
 from qlora_engine.ops import backend
+from qlora_engine.ops.schema import SCHEMAS
 
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
 _implementations: dict[tuple[str, str], Callable] = {}
 
 
 def operator(name: str, x: torch.Tensor) -> Callable:
-    """What to call for an operator of `ops.lora` or `ops.gated` on the device of x, with the schema's arguments."""
+    """What to call for an operator on the device of x, with all of its schema's arguments. It makes no graph."""
     if torch.compiler.is_compiling() or type(x) not in _PLAIN or torch._C._len_torch_dispatch_stack():
         return getattr(torch.ops.qlora_engine, name).default
     place = name, x.device.type
@@ -27,8 +28,21 @@ def operator(name: str, x: torch.Tensor) -> Callable:
 
 
 def _implementation(name: str, device: str) -> Callable:
+    registered = getattr(torch.ops.qlora_engine, name).default
+    if name in SCHEMAS:
+        return _below_autograd(registered)
     if device not in ("cpu", "cuda"):
-        return getattr(torch.ops.qlora_engine, name).default
+        return registered
     if backend.implementation(name, device) == "triton":
         return kernels.function(name)
     return backend.reference_function(name)
+
+
+def _below_autograd(registered: Callable) -> Callable:
+    """The operator past its autograd formula, which is Python's and not needed inside a node."""
+
+    def call(*arguments):
+        with torch._C._AutoDispatchBelowAutograd():
+            return registered(*arguments)
+
+    return call
