@@ -9,6 +9,7 @@ import weakref
 
 import torch
 from torch import nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from qlora_engine import functional
 from qlora_engine.nn.qlora_linear import QLoRALinear
@@ -22,6 +23,8 @@ def plain_projection(layer: nn.Module) -> functional.QLoRAProjection | None:
     That is: it is no `QLoRALinear`, other than one adapter acts, or hooks or a replaced forward would be passed by.
     """
     if type(layer) is not QLoRALinear or "forward" in layer.__dict__:
+        return None
+    if not torch.compiler.is_compiling() and _has_any_global_hook():
         return None
     hooks = layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks
     return None if any(len(hook) for hook in hooks) else layer.projection()
@@ -57,7 +60,8 @@ class SharedInput:
                 self.unused = 0
             return found
         if self.waiting:
-            self.unused += 1
+            # a checkpoint that recomputes must find the choice of its forward
+            self.unused += torch._C._current_graph_task_id() == -1
             self._forget()
             if self.unused >= PATIENCE:
                 return None

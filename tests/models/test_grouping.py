@@ -317,6 +317,25 @@ def test_a_group_that_nobody_uses_is_given_up(calls):
     assert not group.waiting
 
 
+def test_a_checkpoint_recomputes_what_its_forward_did():
+    """Giving a group up in the middle of a backward would change what is saved."""
+    from torch.utils.checkpoint import checkpoint
+
+    (q, _, _), group = three_layers()
+    x = torch.randn(3, 64, requires_grad=True)
+    for _ in range(PATIENCE + 3):
+        checkpoint(lambda x: q(x).square(), x, use_reentrant=False).sum().backward()
+    assert group.unused == PATIENCE
+
+
+def test_hooks_on_all_modules_see_every_layer():
+    model, seen = prepared(), []
+    handle = nn.modules.module.register_module_forward_hook(lambda module, *_: seen.append(module))
+    model(tiny.token_ids())
+    handle.remove()
+    assert {m for m in model.modules() if isinstance(m, qe.QLoRALinear)} <= set(seen)
+
+
 def test_nothing_is_kept_after_the_last_layer():
     (q, k, v), group = three_layers()
     x = torch.randn(3, 64)
