@@ -12,8 +12,8 @@ from pathlib import Path
 from qlora_engine.cli.common import add_command
 
 DESCRIPTION = """\
-Reports versions, devices, and what serves each operator on each device: the compiled library or the pure-PyTorch
-reference. Paste its output into a bug report."""
+Reports versions, devices, and what serves each operator on each device: the compiled library, Triton, or the
+pure-PyTorch reference. Paste its output into a bug report."""
 EXAMPLE = "  qlora env --json"
 PACKAGES = ("torch", "triton", "numpy", "scipy", "safetensors", "transformers", "trl", "datasets", "accelerate")
 PACKAGES += ("peft", "bitsandbytes", "gguf", "matplotlib", "psutil", "liger-kernel")
@@ -36,6 +36,7 @@ def collect() -> dict:
     """The report: nested dicts of JSON types; None for what is not there."""
     import torch
 
+    from qlora_engine import kernels
     from qlora_engine.ops import backend
     from qlora_engine.ops.schema import ADAPTER_SCHEMAS, SCHEMAS
 
@@ -63,6 +64,7 @@ def collect() -> dict:
             "path": str(backend.library_path()),
             "in_use": backend.library_error() is None,
             "why_not": backend.library_error(),
+            "triton_why_not": kernels.why_not(),
             "build": backend.build_info(),
         },
         "operators": {
@@ -89,6 +91,8 @@ def as_text(report: dict) -> str:
     for index, device in enumerate(cuda["devices"]):
         lines.append(f"  GPU {index}       {device['name']}, {device['capability']}, {device['memory_gib']} GiB")
     lines.append(f"library       {'in use' if library['in_use'] else 'not in use: ' + library['why_not']}")
+    no_triton = library["triton_why_not"]
+    lines.append(f"  Triton      {'no kernels: ' + no_triton if no_triton else 'kernels of adapters, on a GPU'}")
     if built:
         lines.append(f"  built for   {' and '.join(built)}{_of_architectures(build)}")
     if build.get("reason"):

@@ -10,6 +10,10 @@ All are bound by the bytes of their one wide operand: a rank of 16 makes 32 oper
 of the wide operand is as wide as shared memory lets several be in flight, the narrow operands come from the L2, and
 what a program cannot sum by itself it leaves as a float32 partial for `sum_partials`, in a partition that shapes
 decide. Masks are drawn again from the seed wherever x is read (`dropout.py`). Row offsets are 64-bit.
+
+On an H100, 8192x14336 in bfloat16, where a copy reaches 3.0 TB/s: S 84 us at rank 16 (2.8 TB/s; cuBLAS 83), 150 at
+rank 64; y += S B^T 161 and 193 us (2.9 and 2.4 TB/s; cuBLAS 236); dA 81 us at rank 64 (2.9 TB/s; cuBLAS 82); dS and
+dB together at most 164 us at rank 16, the host's part included (cuBLAS 168 in two products).
 """
 
 import triton

@@ -43,7 +43,7 @@ class QLoRAConfig:
         adapter_dtype: dtype of the adapters' parameters.
         adapter_name: name of the adapter.
         fused: let the projections of one input and gated MLPs act together (`models/grouping.py`), where the model's
-            structure allows it; False: every layer by itself.
+            structure allows it; projections of one input then share a mask of dropout. False: every layer by itself.
 
     Raises:
         ValueError: where a value is out of range.

@@ -8,8 +8,8 @@ from qlora_engine.reference.dropout import dropout_keep, dropped, keep_scale
 
 def narrow_product(a: torch.Tensor, b: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """`a @ b`, accumulated in float32 and returned in `dtype` without a rounding in between."""
-    if a.dtype == dtype:
-        return a @ b
+    if a.dtype == dtype or not a.numel() or not b.numel():
+        return (a @ b).to(dtype)
     if a.is_cuda and dtype == torch.float32:
         return torch.mm(a, b, out_dtype=dtype)
     return (a.float() @ b.float()).to(dtype)

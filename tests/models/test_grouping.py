@@ -226,6 +226,20 @@ def test_compiles_without_a_graph_break():
     torch.testing.assert_close(torch.compile(layer, fullgraph=True, backend="aot_eager")(x), expected)
 
 
+def test_a_prepared_model_compiles_without_a_graph_break():
+    torch.compiler.reset()
+    model, tokens = prepared(), tiny.token_ids()
+    expected = loss_and_gradients(model)
+
+    def loss_of(tokens):
+        return model(tokens, labels=tokens, use_cache=False).loss
+
+    model.zero_grad()
+    loss = torch.compile(loss_of, fullgraph=True, backend="aot_eager")(tokens)
+    loss.backward()
+    assert_same((loss.detach(), {n: p.grad for n, p in model.named_parameters() if p.grad is not None}), expected)
+
+
 class Imposter(nn.Module):
     """Has the layers of a gated MLP, and computes something else with them."""
 
