@@ -149,54 +149,65 @@ class QLoRAGroup(torch.autograd.Function):
 class QLoRAMLP(torch.autograd.Function):
     """A gated MLP, `down(act(gate(x)) * up(x))`: `apply(x, seeds, inner, outer, activation, *tensors)`.
 
-    `seeds` int64 [2] where there is dropout, else None; `inner` is the group of gate and up, `outer` that of down;
-    TENSORS tensors for each of gate, up and down. Returns `[..., out]`.
+    `seeds` int64 [2] where there is dropout, else None; `inner` is the group of gate and up, or of one projection
+    whose outputs are those of gate and then those of up; `outer` is that of down. TENSORS tensors a projection.
+    Returns `[..., out]`.
     """
 
     @staticmethod
     def forward(ctx, x, seeds, inner, outer, activation, *tensors):
         flat = _flat(x)
         first, second = _seeds(seeds)
-        (gate, up), S = _forward(flat, first, inner, tensors[: 2 * TENSORS])
+        outputs, S = _forward(flat, first, inner, tensors[:-TENSORS])
+        gate, up = _gate_and_up(outputs)
         h = operator("gated_activation", gate)(gate, up, activation)
-        (y,), S_of_h = _forward(h, second, outer, tensors[2 * TENSORS :])
+        (y,), S_of_h = _forward(h, second, outer, tensors[-TENSORS:])
         kept = [t if i % TENSORS != 2 else None for i, t in enumerate(tensors)]
-        ctx.save_for_backward(x if x.is_contiguous() else flat, seeds, S, S_of_h, gate, up, *kept)
+        ctx.save_for_backward(x if x.is_contiguous() else flat, seeds, S, S_of_h, *outputs, *kept)
         ctx.settings, ctx.shape = (inner, outer, activation), x.shape
         return y.reshape(*x.shape[:-1], y.shape[-1])
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
-        x, seeds, S, S_of_h, gate, up, *tensors = ctx.saved_tensors
-        (inner, outer, activation), (first, second) = ctx.settings, _seeds(seeds)
+        (inner, outer, activation), in_features = ctx.settings, ctx.shape[-1]
+        x, seeds, S, S_of_h, *rest = ctx.saved_tensors
+        outputs, tensors = rest[: len(inner.members)], rest[len(inner.members) :]
+        first, second = _seeds(seeds)
         needs = _split(ctx.needs_input_grad[5:])
-        inner_tensors, outer_tensors = tensors[: 2 * TENSORS], tensors[2 * TENSORS :]
+        inner_tensors, outer_tensors = tensors[:-TENSORS], tensors[-TENSORS:]
         grads = [_flat(grad)]
-        grad_S, outer_rest = _backward_of_S(grads, S_of_h, outer, outer_tensors, needs[2:])
-        grad_h = _backward_of_x(grads, grad_S, second, outer, outer_tensors, gate.shape[-1])
-        h, *inner_grads = _activation_backward(grad_h, gate, up, activation)
-        outer_A = _backward_of_A(grad_S, h, second, outer, outer_tensors, needs[2:])
-        del h, grad_h, gate, up
-        grad_S, inner_rest = _backward_of_S(inner_grads, S, inner, inner_tensors, needs[:2])
-        inner_A = _backward_of_A(grad_S, _flat(x), first, inner, inner_tensors, needs[:2])
+        grad_S, outer_rest = _backward_of_S(grads, S_of_h, outer, outer_tensors, needs[-1:])
+        hidden = outputs[0].shape[-1] * len(outputs) // 2
+        grad_h = _backward_of_x(grads, grad_S, second, outer, outer_tensors, hidden)
+        h, inner_grads = _activation_backward(grad_h, outputs, activation)
+        outer_A = _backward_of_A(grad_S, h, second, outer, outer_tensors, needs[-1:])
+        del h, grad_h, outputs, rest
+        grad_S, inner_rest = _backward_of_S(inner_grads, S, inner, inner_tensors, needs[:-1])
+        inner_A = _backward_of_A(grad_S, _flat(x), first, inner, inner_tensors, needs[:-1])
         grad_x = None
         if ctx.needs_input_grad[0]:
-            in_features = x.shape[-1]
             grad_x = _backward_of_x(inner_grads, grad_S, first, inner, inner_tensors, in_features).reshape(ctx.shape)
         return grad_x, None, None, None, None, *_arranged([*inner_A, *outer_A], [*inner_rest, *outer_rest])
 
 
+def _gate_and_up(outputs):
+    """Two matrices, or the halves of one."""
+    return outputs if len(outputs) == 2 else outputs[0].chunk(2, dim=-1)
+
+
+def _activation_backward(grad_h, outputs, activation):
+    """h, and the gradients of the inner projections' outputs; over grad_h and the outputs where they may be."""
+    gate, up = _gate_and_up(outputs)
+    if _may_overwrite_saved():
+        operator("gated_activation_backward_inplace", gate)(grad_h, gate, up, activation)
+        return grad_h, outputs
+    h, *grads = operator("gated_activation_backward", gate)(grad_h, gate, up, activation)
+    return h, grads if len(outputs) == 2 else [torch.cat(grads, dim=-1)]
+
+
 def _seeds(seeds: torch.Tensor | None) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     return (None, None) if seeds is None else (seeds[:1], seeds[1:])
-
-
-def _activation_backward(grad, gate, up, activation):
-    """h, and the gradients of gate and up; over grad, gate and up where they may be."""
-    if not _may_overwrite_saved():
-        return operator("gated_activation_backward", grad)(grad, gate, up, activation)
-    operator("gated_activation_backward_inplace", grad)(grad, gate, up, activation)
-    return grad, gate, up
 
 
 def _may_overwrite_saved() -> bool:

@@ -135,7 +135,7 @@ def qlora_qkv(
 def qlora_mlp(
     x: torch.Tensor,
     gate: QLoRAProjection,
-    up: QLoRAProjection,
+    up: QLoRAProjection | None,
     down: QLoRAProjection,
     activation: str = "silu",
 ) -> torch.Tensor:
@@ -147,7 +147,8 @@ def qlora_mlp(
 
     Args:
         x: float16, bfloat16 or float32 `[..., in_features]`.
-        gate, up: projections of `x` of the same size; their dropout is the same.
+        gate, up: projections of `x` of the same size; their dropout is the same. Where `up` is None, `gate` is both,
+            one below the other: its first outputs are those of gate, the others those of up.
         down: projection of their product.
         activation: "silu", "gelu" (exact) or "gelu_tanh".
 
@@ -165,13 +166,15 @@ def qlora_mlp(
     """
     if activation not in ACTIVATIONS:
         raise ValueError(f"the activation is {activation!r}; expected one of {', '.join(ACTIVATIONS)}")
-    hidden = gate.weight.shape[0]
-    if up.weight.shape[0] != hidden or down.weight.shape[-1] != hidden:
+    inputs = (gate,) if up is None else (gate, up)
+    sizes = [list(one.weight.shape) for one in (*inputs, down)]
+    hidden = sizes[0][0] // (2 if up is None else 1)
+    if sizes[-1][-1] != hidden or (up is None and sizes[0][0] % 2) or (up is not None and sizes[1] != sizes[0]):
         raise ValueError(
-            f"gate is {list(gate.weight.shape)}, up {list(up.weight.shape)}, down {list(down.weight.shape)}; "
-            "expected [hidden, in], [hidden, in] and [out, hidden]"
+            f"the weights are {', '.join(map(str, sizes))}; expected gate and up of [hidden, in], or both in one of "
+            "[2 hidden, in], and down of [out, hidden]"
         )
-    inner, tensors = _as_group(x, (gate, up))
+    inner, tensors = _as_group(x, inputs)
     dtype = compute_dtype(x)
     outer, more = _as_group(x.new_empty(0, hidden, dtype=dtype), (down,))
     seeds = _draw_seeds(x, 2) if inner.dropout_p or outer.dropout_p else None

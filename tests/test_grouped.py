@@ -39,7 +39,7 @@ def in_float64(one: QLoRAProjection, dtype):
 
 
 def compare_gradients(projections, leaves, bound):
-    for name, one, wide in zip("012", projections, leaves, strict=True):
+    for name, (one, wide) in enumerate(zip(projections, leaves, strict=True)):
         for what, ours, theirs in zip("AB", (one.lora_A, one.lora_B), wide, strict=False):
             assert ours.grad.dtype == ours.dtype
             assert_close(f"gradient of {what} {name}", ours.grad, theirs.grad, bound)
@@ -100,6 +100,34 @@ def test_mlp_against_float64(device, dtype, dropout_p, activation):
     y.backward(grad)
     expected.backward(grad.double())
     bound = 6 * RELATIVE_RMS[dtype]  # six products, one after another
+    assert_close("y", y, expected, bound)
+    assert_close("gradient of x", x.grad, X.grad, bound)
+    compare_gradients(group, leaves, bound)
+
+
+@pytest.mark.usefixtures("poisoned_memory")
+@pytest.mark.parametrize("retain", [False, True])
+@pytest.mark.parametrize("dropout_p", [0.0, 0.25])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_mlp_with_gate_and_up_in_one_projection(device, dtype, dropout_p, retain):
+    group = [
+        projection(device, dtype, 2 * N, K, 16, dropout_p=dropout_p),
+        projection(device, dtype, 70, N, 9, dropout_p=dropout_p),
+    ]
+    x = torch.randn(2, M, K, device=device).to(dtype).requires_grad_()
+    torch.manual_seed(3)
+    y = qlora_mlp(x, group[0], None, group[1])
+    torch.manual_seed(3)
+    seeds = torch.randint(2**62, (2,), device=device)
+
+    X = wide_leaf(x)
+    plain, leaves = zip(*(in_float64(one, dtype) for one in group), strict=True)
+    gate, up = plain[0](X.reshape(-1, K), seeds[0]).chunk(2, dim=-1)
+    expected = plain[1](PLAIN["silu"](gate) * up, seeds[1]).reshape(y.shape)
+    grad = torch.randn_like(y)
+    y.backward(grad, retain_graph=retain)
+    expected.backward(grad.double())
+    bound = 6 * RELATIVE_RMS[dtype]
     assert_close("y", y, expected, bound)
     assert_close("gradient of x", x.grad, X.grad, bound)
     compare_gradients(group, leaves, bound)
@@ -216,7 +244,7 @@ def test_errors(device):
         qlora_mlp(x, *group[:3], activation="relu")
     with pytest.raises(ValueError, match="projections of one group share their dropout"):
         qlora_qkv(x, group[0], group[0], group[1]._replace(dropout_p=0.5))
-    with pytest.raises(ValueError, match=r"expected \[hidden, in\]"):
+    with pytest.raises(ValueError, match=r"expected gate and up of \[hidden, in\]"):
         qlora_mlp(x, group[0], group[1], group[0])
 
 

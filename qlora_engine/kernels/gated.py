@@ -37,12 +37,13 @@ def _activate(gate, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
-def gated_activation_kernel(gate, up, out, count, ACTIVATION: tl.constexpr, BLOCK: tl.constexpr):
-    index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = index < count
-    value, _ = _activate(tl.load(gate + index, mask=inside, other=0.0).to(tl.float32), ACTIVATION)
-    product = value * tl.load(up + index, mask=inside, other=0.0).to(tl.float32)
-    tl.store(out + index, product.to(out.dtype.element_ty), mask=inside)
+def gated_activation_kernel(gate, up, out, columns, row_stride, ACTIVATION: tl.constexpr, BLOCK: tl.constexpr):
+    """out[row, column] = act(gate) * up; the rows of gate and up are `row_stride` apart, those of out follow."""
+    row, column, inside = _tile_of_row(columns, BLOCK)
+    place = row * row_stride + column
+    value, _ = _activate(tl.load(gate + place, mask=inside, other=0.0).to(tl.float32), ACTIVATION)
+    product = value * tl.load(up + place, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out + row * columns + column, product.to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -53,29 +54,49 @@ def gated_activation_backward_kernel(
     out,
     grad_gate,
     grad_up,
-    count,
+    columns,
+    row_stride,
     ACTIVATION: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Outputs may be the inputs themselves: every element is read before it is written, by the same thread."""
-    index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = index < count
-    grad_here = tl.load(grad + index, mask=inside, other=0.0).to(tl.float32)
-    up_here = tl.load(up + index, mask=inside, other=0.0).to(tl.float32)
-    value, slope = _activate(tl.load(gate + index, mask=inside, other=0.0).to(tl.float32), ACTIVATION)
+    """Outputs may be the inputs themselves: every element is read before it is written, by the same thread.
+
+    The rows of gate, up and their gradients are `row_stride` apart; those of grad and out follow each other.
+    """
+    row, column, inside = _tile_of_row(columns, BLOCK)
+    place, dense = row * row_stride + column, row * columns + column
+    grad_here = tl.load(grad + dense, mask=inside, other=0.0).to(tl.float32)
+    up_here = tl.load(up + place, mask=inside, other=0.0).to(tl.float32)
+    value, slope = _activate(tl.load(gate + place, mask=inside, other=0.0).to(tl.float32), ACTIVATION)
     dtype = out.dtype.element_ty
-    tl.store(out + index, (value * up_here).to(dtype), mask=inside)
-    tl.store(grad_gate + index, (grad_here * up_here * slope).to(dtype), mask=inside)
-    tl.store(grad_up + index, (grad_here * value).to(dtype), mask=inside)
+    tl.store(out + dense, (value * up_here).to(dtype), mask=inside)
+    tl.store(grad_gate + place, (grad_here * up_here * slope).to(dtype), mask=inside)
+    tl.store(grad_up + place, (grad_here * value).to(dtype), mask=inside)
+
+
+@triton.jit
+def _tile_of_row(columns, BLOCK: tl.constexpr):
+    """Row, columns and mask of a program, in 64 bits."""
+    blocks = tl.cdiv(columns, BLOCK)
+    column = (tl.program_id(0) % blocks).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    return (tl.program_id(0) // blocks).to(tl.int64), column, column < columns
+
+
+def _rows(gate: torch.Tensor) -> tuple[int, int, int]:
+    """Rows, columns and row stride: a tensor without gaps is one long row, another has two dimensions."""
+    if not gate.is_contiguous():
+        return *gate.shape, gate.stride(0)
+    return 1, gate.numel(), gate.numel()
 
 
 def gated_activation(gate: torch.Tensor, up: torch.Tensor, activation: str) -> torch.Tensor:
     """See `qlora_engine.ops.gated_activation`."""
-    out = torch.empty_like(gate)
+    out = gate.new_empty(gate.shape)
     if gate.numel():
+        rows, columns, row_stride = _rows(gate)
         with on_device(gate):
-            gated_activation_kernel[(triton.cdiv(gate.numel(), BLOCK),)](
-                gate, up, out, gate.numel(), ACTIVATION=activation, BLOCK=BLOCK, num_warps=WARPS
+            gated_activation_kernel[(rows * triton.cdiv(columns, BLOCK),)](
+                gate, up, out, columns, row_stride, ACTIVATION=activation, BLOCK=BLOCK, num_warps=WARPS
             )
     return out
 
@@ -84,7 +105,9 @@ def gated_activation_backward(
     grad: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, activation: str
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """See `qlora_engine.ops.gated_activation_backward`."""
-    results = tuple(torch.empty_like(gate) for _ in range(3))
+    if not gate.is_contiguous():
+        gate, up = gate.contiguous(), up.contiguous()
+    results = tuple(gate.new_empty(gate.shape) for _ in range(3))
     _backward(grad, gate, up, results, activation)
     return results
 
@@ -98,7 +121,8 @@ def gated_activation_backward_inplace(
 
 def _backward(grad, gate, up, results, activation):
     if gate.numel():
+        rows, columns, row_stride = _rows(gate)
         with on_device(gate):
-            gated_activation_backward_kernel[(triton.cdiv(gate.numel(), BLOCK),)](
-                grad, gate, up, *results, gate.numel(), ACTIVATION=activation, BLOCK=BLOCK, num_warps=WARPS
+            gated_activation_backward_kernel[(rows * triton.cdiv(columns, BLOCK),)](
+                grad, gate, up, *results, columns, row_stride, ACTIVATION=activation, BLOCK=BLOCK, num_warps=WARPS
             )

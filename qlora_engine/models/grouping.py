@@ -9,14 +9,14 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from qlora_engine import functional
-from qlora_engine.nn.grouped import GatedMLPForward, SharedInput, plain_projection
+from qlora_engine.nn.grouped import GatedMLPForward, SharedInput, gated_mlp, plain_projection
 from qlora_engine.nn.qlora_linear import QLoRALinear
 from qlora_engine.reference.gated import ACTIVATIONS, activate
 
 # Names of layers that read one input, as the architectures of transformers and of Llama's own code call them
 ATTENTIONS = (("q_proj", "k_proj", "v_proj"), ("query", "key", "value"), ("q", "k", "v"), ("wq", "wk", "wv"))
 GATED_MLPS = (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"), ("wi_0", "wi_1", "wo"))
+PACKED_MLPS = (("gate_up_proj", "down_proj"),)  # gate and up in one layer, one below the other
 ACTIVATION_NAMES = ("act_fn", "activation_fn", "act", "activation")
 PROBE_ROWS = 3
 # relative RMS between a module's forward and `qlora_mlp` of the same layers: roundings of six products, no more
@@ -33,14 +33,14 @@ def group_layers(model: nn.Module) -> None:
     for module in model.modules():
         for names in ATTENTIONS:
             _share_input(module, names)
-        for names in GATED_MLPS:
+        for names in (*GATED_MLPS, *PACKED_MLPS):
             layers = [getattr(module, name, None) for name in names]
             if not all(isinstance(layer, QLoRALinear) for layer in layers):
                 continue
             activation = _activation_of_module(module, names)
             if activation and is_gated_mlp(module, names, activation):
                 module.forward = GatedMLPForward(module, names, activation)
-            else:
+            elif len(names) == 3:
                 _share_input(module, names[:2])
 
 
@@ -92,14 +92,18 @@ def activation_name(function: Callable) -> str | None:
     return next((name for name in ACTIVATIONS if torch.allclose(y, activate(x, name), rtol=0, atol=1e-5)), None)
 
 
-def is_gated_mlp(module: nn.Module, names: tuple[str, str, str], activation: str) -> bool:
+def is_gated_mlp(module: nn.Module, names: tuple[str, ...], activation: str) -> bool:
     """Whether a module's forward is `down(act(gate(x)) * up(x))` of its layers, tried out on numbers.
+
+    `names` are those of gate, up and down, or of one layer for gate and up, and down.
 
     The module is left as it was, and torch's generators are not used.
     """
     layers = [getattr(module, name) for name in names]
-    gate, up, down = layers
-    if gate.in_features != up.in_features or not gate.out_features == up.out_features == down.in_features:
+    gate, *_, down = layers
+    wide = gate.out_features if len(layers) == 3 else gate.out_features // 2
+    sizes = {(layer.in_features, layer.out_features) for layer in layers[:-1]}
+    if len(sizes) > 1 or down.in_features != wide or (len(layers) == 2 and gate.out_features % 2):
         return False
     device, dtype = gate.weight.device, gate.weight_dtype
     if device.type == "meta" or dtype not in PROBE_BOUNDS:
@@ -115,7 +119,7 @@ def is_gated_mlp(module: nn.Module, names: tuple[str, str, str], activation: str
         x = (2 * torch.sin(numbers * 1.7)).to(dtype).reshape(1, PROBE_ROWS, gate.in_features)
         with torch.no_grad(), torch.autocast(device.type, enabled=False):
             expected = type(module).forward(module, x).float()
-            actual = functional.qlora_mlp(x, *projections, activation).float()
+            actual = gated_mlp(x, projections, activation).float()
     except Exception:  # a forward that takes other arguments, or needs what only the model gives it
         return False
     finally:

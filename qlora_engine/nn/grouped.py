@@ -92,21 +92,27 @@ def _state(x: torch.Tensor) -> tuple:
     return version, torch.is_grad_enabled(), functional.compute_dtype(x)
 
 
+def gated_mlp(x: torch.Tensor, projections: list[functional.QLoRAProjection], activation: str) -> torch.Tensor:
+    """`functional.qlora_mlp` of gate, up and down, or of gate and up in one projection, and down."""
+    gate, *up, down = projections
+    return functional.qlora_mlp(x, gate, up[0] if up else None, down, activation)
+
+
 class GatedMLPForward:
     """The forward of a module that computes `down(act(gate(x)) * up(x))`: `functional.qlora_mlp` where it can be.
 
     Args:
         module: the module; its class's forward is what runs where it cannot.
-        names: of the layers gate, up and down in it.
+        names: of the layers gate, up and down in it, or of one for gate and up, and down.
         activation: as in `functional.qlora_mlp`.
     """
 
-    def __init__(self, module: nn.Module, names: tuple[str, str, str], activation: str):
+    def __init__(self, module: nn.Module, names: tuple[str, ...], activation: str):
         self.module, self.names, self.activation = module, names, activation
 
     def __call__(self, x: torch.Tensor, *arguments, **options) -> torch.Tensor:
         if not arguments and not options:
             projections = [plain_projection(getattr(self.module, name)) for name in self.names]
-            if all(p is not None for p in projections) and projections[0].dropout_p == projections[1].dropout_p:
-                return functional.qlora_mlp(x, *projections, self.activation)
+            if all(p is not None for p in projections) and len({p.dropout_p for p in projections[:-1]}) == 1:
+                return gated_mlp(x, projections, self.activation)
         return type(self.module).forward(self.module, x, *arguments, **options)

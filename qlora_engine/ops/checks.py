@@ -202,7 +202,7 @@ def _check_dense(op: str, name: str, tensor: torch.Tensor) -> None:
 
 
 def _check_narrow(op: str, name: str, tensor: torch.Tensor) -> None:
-    """A part of the columns of a matrix will do, as long as a row's elements follow each other."""
+    """Some columns of a wider matrix will do, as long as a row's elements follow each other."""
     if tensor.shape[1] > 1 and tensor.stride(1) != 1:
         raise RuntimeError(f"{op}: the rows of {name} are not contiguous; call .contiguous() on it")
 
@@ -267,8 +267,15 @@ def gated_activation(gate, up, activation, op="gated_activation") -> None:
     check_compute_dtype(op, "gate", gate.dtype)
     if activation not in ACTIVATIONS:
         raise RuntimeError(f"{op}: the activation is {activation!r}; expected one of {', '.join(ACTIVATIONS)}")
-    _check_dense(op, "gate", gate)
-    check_tensor(op, "up", up, gate.dtype, gate.numel(), gate)
+    if gate.dim() != 2:
+        _check_dense(op, "gate", gate)
+    else:
+        _check_narrow(op, "gate", gate)
+    if up.dtype != gate.dtype or up.shape != gate.shape or up.device != gate.device:
+        wanted = f"{_name(gate.dtype)} {list(gate.shape)}, as gate"
+        raise RuntimeError(f"{op}: up is {_name(up.dtype)} {list(up.shape)}; expected {wanted}")
+    if up.stride() != gate.stride() and up.numel():
+        raise RuntimeError(f"{op}: up has other strides than gate; call .contiguous() on both")
 
 
 def gated_activation_backward(grad, gate, up, activation) -> None:

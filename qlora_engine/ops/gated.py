@@ -11,13 +11,13 @@ __all__ = ["ACTIVATIONS", "gated_activation", "gated_activation_backward"]
 @torch.library.register_fake("qlora_engine::gated_activation")
 def _(gate, up, activation):
     checks.gated_activation(gate, up, activation)
-    return torch.empty_like(gate)
+    return gate.new_empty(gate.shape)
 
 
 @torch.library.register_fake("qlora_engine::gated_activation_backward")
 def _(grad, gate, up, activation):
     checks.gated_activation_backward(grad, gate, up, activation)
-    return torch.empty_like(gate), torch.empty_like(gate), torch.empty_like(gate)
+    return tuple(gate.new_empty(gate.shape) for _ in range(3))
 
 
 @torch.library.register_fake("qlora_engine::gated_activation_backward_inplace")
@@ -31,11 +31,11 @@ def gated_activation(gate: torch.Tensor, up: torch.Tensor, activation: str) -> t
     Shazeer 2020, "GLU variants improve transformer", equations 5 and 6.
 
     Args:
-        gate, up: float16, bfloat16 or float32, of one dtype and size, contiguous.
+        gate, up: float16, bfloat16 or float32, of one dtype, shape and strides: contiguous, or columns of a matrix.
         activation: "silu", "gelu" (exact) or "gelu_tanh".
 
     Returns:
-        Like `gate`.
+        Of the dtype and shape of `gate`, contiguous.
 
     Raises:
         RuntimeError: for another activation, or tensors that do not fit each other.

@@ -31,7 +31,7 @@ def slope(gate: torch.Tensor, activation: str) -> torch.Tensor:
 
 def gated_activation(gate: torch.Tensor, up: torch.Tensor, activation: str) -> torch.Tensor:
     """See `qlora_engine.ops.gated_activation`."""
-    return (activate(gate.float(), activation) * up.float()).to(gate.dtype)
+    return (activate(gate.float(), activation) * up.float()).to(gate.dtype).contiguous()
 
 
 def gated_activation_backward(
@@ -41,7 +41,8 @@ def gated_activation_backward(
     wide_grad, wide_gate, wide_up = grad.float(), gate.float(), up.float()
     value = activate(wide_gate, activation)
     grad_gate = wide_grad * wide_up * slope(wide_gate, activation)
-    return (value * wide_up).to(gate.dtype), grad_gate.to(gate.dtype), (wide_grad * value).to(gate.dtype)
+    results = value * wide_up, grad_gate, wide_grad * value
+    return tuple(result.to(gate.dtype).contiguous() for result in results)
 
 
 def gated_activation_backward_inplace(

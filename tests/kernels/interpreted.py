@@ -68,6 +68,16 @@ def grad_B(M, N, rank):
         failures.append("lora_grad_B wrote beside its columns")
 
 
+def gated_halves():
+    whole, grad = torch.randn(5, 2 * 2100), torch.randn(5, 2100)
+    halves = whole[:, :2100], whole[:, 2100:]
+    expected = gated_reference.gated_activation_backward(grad, *halves, "silu")
+    check("h of halves", kernels.function("gated_activation")(*halves, "silu"), expected[0])
+    kernels.function("gated_activation_backward_inplace")(grad, *halves, "silu")
+    for name, actual, wanted in zip(["h", "gate", "up"], (grad, *halves), expected, strict=True):
+        check(f"gradient of {name} in halves", actual, wanted)
+
+
 def gated(activation):
     grad, gate, up = (torch.randn(5, 531) * 3 for _ in range(3))
     wide = [t.double() for t in (grad, gate, up)]
@@ -96,6 +106,7 @@ def main() -> int:
         grad_B(*shape)
     for activation in gated_reference.ACTIVATIONS:
         gated(activation)
+    gated_halves()
     print("\n".join(failures) or "all equal")
     return 1 if failures else 0
 

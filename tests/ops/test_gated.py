@@ -38,6 +38,24 @@ def test_against_float64(device, dtype, activation, shape):
         assert torch.equal(ours, theirs)
 
 
+@pytest.mark.parametrize("columns", [24, 2060])
+def test_halves_of_one_matrix(device, columns):
+    """Gate and up beside each other, as one product gives them; in place, only their columns are written."""
+    whole = torch.randn(7, 2 * columns + 8, device=device)
+    gate, up = whole[:, :columns], whole[:, columns : 2 * columns]
+    grad, rest = torch.randn(7, columns, device=device), whole[:, 2 * columns :].clone()
+    expected = ops.gated_activation_backward(grad, gate.contiguous(), up.contiguous(), "silu")
+    h = ops.gated_activation(gate, up, "silu")
+    assert h.is_contiguous()
+    torch.testing.assert_close(h, expected[0])
+    for inplace in (False, True):
+        for ours, theirs in zip(
+            ops.gated_activation_backward(grad, gate, up, "silu", inplace), expected, strict=True
+        ):
+            torch.testing.assert_close(ours, theirs)
+    assert torch.equal(whole[:, 2 * columns :], rest)
+
+
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_far_from_zero(device, activation):
     """No overflow where the exponentials do."""
@@ -58,7 +76,9 @@ def test_refused():
     x = torch.randn(2, 3)
     with pytest.raises(RuntimeError, match="'relu'; expected one of silu, gelu, gelu_tanh"):
         ops.gated_activation(x, x, "relu")
-    with pytest.raises(RuntimeError, match="up has 5 elements; expected 6"):
-        ops.gated_activation(x, x.flatten()[:5], "silu")
-    with pytest.raises(RuntimeError, match="gate is not contiguous"):
+    with pytest.raises(RuntimeError, match=r"up is float32 \[3, 2\]; expected float32 \[2, 3\]"):
+        ops.gated_activation(x, x.reshape(3, 2), "silu")
+    with pytest.raises(RuntimeError, match="the rows of gate are not contiguous"):
         ops.gated_activation(x.T, x.T, "silu")
+    with pytest.raises(RuntimeError, match="up has other strides than gate"):
+        ops.gated_activation(torch.randn(2, 6)[:, :3], x, "silu")
