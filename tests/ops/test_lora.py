@@ -33,6 +33,11 @@ def device(request, monkeypatch) -> str:
     return device
 
 
+def allowed(dtype, device):
+    """Relative RMS of a result of that dtype; tensor cores cut off what float32 would round in a long sum."""
+    return RELATIVE_RMS[dtype] if device == "cpu" else max(RELATIVE_RMS[dtype], 1e-5)
+
+
 def matrix(device, dtype, *shape):
     return torch.randn(shape, device=device).to(dtype)
 
@@ -52,7 +57,7 @@ def test_down(device, dtype, shape, dropout_p):
     rounded = [A.to(dtype).double() for A in stack]
     expected = reference.lora_down(x.double(), rounded, 0.5, dropout_p, seed)
     assert actual.dtype == dtype
-    assert_close("S", actual, expected, RELATIVE_RMS[dtype])
+    assert_close("S", actual, expected, allowed(dtype, device))
     assert torch.equal(actual, ops.lora_down(x, stack, 0.5, dropout_p, seed))
 
 
@@ -69,8 +74,8 @@ def test_add(device, dtype, shape, dropout_p, addends):
         ops.lora_add(actual, S, lora_B, 2.0, more, dropout_p, seed)
         rounded = lora_B.to(dtype).double()
         reference.lora_add(expected, S.double(), rounded, 2.0, [a.double() for a in more], dropout_p, seed)
-        # the reference on a CPU rounds once an addend
-        assert_close("y", actual, expected, RELATIVE_RMS[dtype] * (2 if device == "cpu" else 1))
+        # the reference rounds once an addend
+        assert_close("y", actual, expected, 2 * allowed(dtype, device))
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -87,8 +92,8 @@ def test_grad_B(device, dtype, adapter_dtype, shape):
     expected = reference.lora_grad_B(grad.double(), S.double(), rounded, 0.25, wide_S)
     assert actual.dtype == lora_B.dtype
     # a gradient in float32 is not rounded to 16 bits on the way
-    assert_close("dB", actual, expected, RELATIVE_RMS[lora_B.dtype])
-    assert_close("dS", whole[:, 2:], wide_S, RELATIVE_RMS[dtype])
+    assert_close("dB", actual, expected, allowed(lora_B.dtype, device))
+    assert_close("dS", whole[:, 2:], wide_S, allowed(dtype, device))
     assert whole[:, :2].isnan().all()
     assert torch.equal(actual, ops.lora_grad_B(grad, S, lora_B, 0.25, whole[:, 2:]))
 
@@ -104,8 +109,8 @@ def test_grad_A(device, dtype, shape, dropout_p):
         actual = ops.lora_grad_A(grad_S, x, dropout_p, seed, out_dtype)
         assert actual.dtype == out_dtype
         # the reference on a CPU scales the kept elements in the dtype of x
-        loss = RELATIVE_RMS[dtype] if device == "cpu" and dropout_p else RELATIVE_RMS[out_dtype]
-        assert_close("dA", actual, expected, loss)
+        rounded_to = dtype if device == "cpu" and dropout_p else out_dtype
+        assert_close("dA", actual, expected, allowed(rounded_to, device))
         assert torch.equal(actual, ops.lora_grad_A(grad_S, x, dropout_p, seed, out_dtype))
 
 
