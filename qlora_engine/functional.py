@@ -1,9 +1,12 @@
-"""Products with a 4-bit weight as differentiable functions: a frozen one, and one with a low-rank adapter."""
+"""Products with 4-bit weights as differentiable functions: frozen, with low-rank adapters, and in groups."""
+
+from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 
 from qlora_engine import ops
+from qlora_engine.adapter_nodes import Frozen, Group, QLoRAGroup, QLoRAMLP
+from qlora_engine.ops.gated import ACTIVATIONS
 from qlora_engine.quantization.weight import NF4Weight
 
 
@@ -55,7 +58,7 @@ def qlora_linear(
 
     Hu et al. 2021, "LoRA", equation 3, on the base of Dettmers et al. 2023, "QLoRA", equation 5. One autograd
     node: backward keeps `x`, the narrow product `S = drop(x) A.T` and references to the parameters, nothing
-    else. The dropout mask is drawn again from its seed.
+    else. The dropout mask is computed again from a seed of torch's generator.
 
     Args:
         x: float16, bfloat16 or float32 `[..., in_features]`.
@@ -78,27 +81,144 @@ def qlora_linear(
     >>> A.grad.shape, B.grad.shape
     (torch.Size([4, 64]), torch.Size([8, 4]))
     """
-    out_features, in_features = _matrix_shape(x, w4)
-    rank = lora_A.shape[0]
-    if lora_A.shape != (rank, in_features) or lora_B.shape != (out_features, rank):
+    (y,) = qlora_group(x, QLoRAProjection(w4, lora_A, lora_B, scaling, bias, dropout_p))
+    return y
+
+
+class QLoRAProjection(NamedTuple):
+    """One projection of a group: the arguments of `qlora_linear` after x.
+
+    Attributes:
+        weight: a weight of shape `[out_features, in_features]`.
+        lora_A: `[r, in_features]`, float32 or the dtype of x.
+        lora_B: `[out_features, r]`, likewise.
+        scaling: factor of the adapter's product.
+        bias: `[out_features]`, or None.
+        dropout_p: probability with which an element of x is dropped before the adapter, in [0, 1).
+    """
+
+    weight: NF4Weight
+    lora_A: torch.Tensor
+    lora_B: torch.Tensor
+    scaling: float
+    bias: torch.Tensor | None = None
+    dropout_p: float = 0.0
+
+
+def qlora_qkv(
+    x: torch.Tensor, q: QLoRAProjection, k: QLoRAProjection, v: QLoRAProjection
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Three projections of one x, as `qlora_linear` of each, in one autograd node.
+
+    The adapters read x once in forward and once in backward; backward keeps x, the three narrow products, and
+    references to the parameters. One mask of dropout serves all three.
+
+    Args:
+        x: float16, bfloat16 or float32 `[..., in_features]`.
+        q, k, v: the projections; their dropout is the same.
+
+    Returns:
+        Three tensors `[..., out_features]` in the dtype of `x`, or autocast's where it is on.
+
+    Raises:
+        ValueError: where shapes do not fit, or the dropouts differ or are out of range.
+
+    >>> from qlora_engine import quantize
+    >>> def projection(out):
+    ...     return QLoRAProjection(quantize(torch.randn(out, 64)), torch.randn(4, 64), torch.randn(out, 4), 2.0)
+    >>> [y.shape for y in qlora_qkv(torch.randn(2, 64), projection(64), projection(16), projection(16))]
+    [torch.Size([2, 64]), torch.Size([2, 16]), torch.Size([2, 16])]
+    """
+    return qlora_group(x, q, k, v)
+
+
+def qlora_mlp(
+    x: torch.Tensor,
+    gate: QLoRAProjection,
+    up: QLoRAProjection | None,
+    down: QLoRAProjection,
+    activation: str = "silu",
+) -> torch.Tensor:
+    """A gated MLP, `down(act(gate(x)) * up(x))`, in one autograd node.
+
+    Shazeer 2020, "GLU variants improve transformer", with `qlora_linear` for each product. Backward keeps x, gate,
+    up, the narrow products and references to the parameters; it computes `act(gate) * up` again and, unless the graph
+    is retained, writes it and the gradients of gate and up over what it kept. Gate and up share a mask of dropout.
+
+    Args:
+        x: float16, bfloat16 or float32 `[..., in_features]`.
+        gate, up: projections of `x` of the same size; their dropout is the same. Where `up` is None, `gate` is both,
+            one below the other: its first outputs are those of gate, the others those of up.
+        down: projection of their product.
+        activation: "silu", "gelu" (exact) or "gelu_tanh".
+
+    Returns:
+        `[..., out_features]` in the dtype of `x`, or autocast's where it is on.
+
+    Raises:
+        ValueError: where shapes do not fit, or the dropouts differ or are out of range, or for another activation.
+
+    >>> from qlora_engine import quantize
+    >>> def projection(out, into):
+    ...     return QLoRAProjection(quantize(torch.randn(out, into)), torch.randn(4, into), torch.randn(out, 4), 2.0)
+    >>> qlora_mlp(torch.randn(2, 64), projection(96, 64), projection(96, 64), projection(64, 96)).shape
+    torch.Size([2, 64])
+    """
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"the activation is {activation!r}; expected one of {', '.join(ACTIVATIONS)}")
+    inputs = (gate,) if up is None else (gate, up)
+    sizes = [list(one.weight.shape) for one in (*inputs, down)]
+    hidden = sizes[0][0] // (2 if up is None else 1)
+    if sizes[-1][-1] != hidden or (up is None and sizes[0][0] % 2) or (up is not None and sizes[1] != sizes[0]):
         raise ValueError(
-            f"lora_A is {list(lora_A.shape)} and lora_B {list(lora_B.shape)}; for a weight of "
-            f"[{out_features}, {in_features}] they must be [r, {in_features}] and [{out_features}, r]"
+            f"the weights are {', '.join(map(str, sizes))}; expected gate and up of [hidden, in], or both in one of "
+            "[2 hidden, in], and down of [out, hidden]"
         )
-    if not 0.0 <= dropout_p < 1.0:
-        raise ValueError(f"dropout_p is {dropout_p}; expected a probability of at least 0 and below 1")
+    inner, tensors = _as_group(x, inputs)
     dtype = compute_dtype(x)
-    x = x.to(dtype)
-    bias = bias if bias is None else bias.to(dtype)
-    if dropout_p and torch.compiler.is_compiling():
-        # a seeded generator cannot be traced; the mask is then the compiler's to keep
-        y = ops.linear_nf4(x, *w4.arguments, out_features, bias)
-        dropped = F.dropout(x, dropout_p)
-        return y + scaling * F.linear(F.linear(dropped, lora_A.to(dtype)), lora_B.to(dtype))
-    # drawn from the global CPU generator: reproducible by torch.manual_seed, and again the same when a
-    # checkpointed forward is recomputed
-    seed = int(torch.randint(2**62, ())) if dropout_p else 0
-    return _QLoRALinear.apply(x, lora_A, lora_B, bias, float(scaling), float(dropout_p), seed, *w4.arguments)
+    outer, more = _as_group(x.new_empty(0, hidden, dtype=dtype), (down,))
+    seeds = _draw_seeds(x, 2) if inner.dropout_p or outer.dropout_p else None
+    return QLoRAMLP.apply(x.to(dtype), seeds, inner, outer, activation, *tensors, *more)
+
+
+def qlora_group(x: torch.Tensor, *projections: QLoRAProjection) -> tuple[torch.Tensor, ...]:
+    """One to three projections of one x, as `qlora_qkv` of three.
+
+    Raises:
+        ValueError: as in `qlora_qkv`, or for more projections.
+    """
+    if not 1 <= len(projections) <= 3:
+        raise ValueError(f"there are {len(projections)} projections; a group has one to three")
+    group, tensors = _as_group(x, projections)
+    seed = _draw_seeds(x, 1) if group.dropout_p else None
+    return QLoRAGroup.apply(x.to(compute_dtype(x)), seed, group, *tensors)
+
+
+def _draw_seeds(x: torch.Tensor, count: int) -> torch.Tensor:
+    """From torch's generator on the device of x: `torch.manual_seed` repeats them, and so does a checkpoint."""
+    return torch.randint(2**62, (count,), device=x.device)
+
+
+def _as_group(x: torch.Tensor, projections: tuple[QLoRAProjection, ...]) -> tuple[Group, list[torch.Tensor | None]]:
+    """Checks projections of x and arranges them for an autograd node."""
+    dtype, members, tensors = compute_dtype(x), [], []
+    dropout_p = float(projections[0].dropout_p)
+    for w4, lora_A, lora_B, scaling, bias, other_p in projections:
+        out_features, in_features = _matrix_shape(x, w4)
+        rank = lora_A.shape[0]
+        if lora_A.shape != (rank, in_features) or lora_B.shape != (out_features, rank):
+            raise ValueError(
+                f"lora_A is {list(lora_A.shape)} and lora_B {list(lora_B.shape)}; for a weight of "
+                f"[{out_features}, {in_features}] they must be [r, {in_features}] and [{out_features}, r]"
+            )
+        if not 0.0 <= other_p < 1.0:
+            raise ValueError(f"dropout_p is {other_p}; expected a probability of at least 0 and below 1")
+        if other_p != dropout_p:
+            raise ValueError(f"dropout_p is {dropout_p} and {other_p}; projections of one group share their dropout")
+        *weight, blocksize = w4.arguments
+        members.append(Frozen(out_features, blocksize, float(scaling)))
+        tensors += [lora_A, lora_B, bias if bias is None else bias.to(dtype), *weight]
+    return Group(tuple(members), dropout_p), tensors
 
 
 def _matrix_shape(x: torch.Tensor, w4: NF4Weight) -> tuple[int, int]:
@@ -109,64 +229,3 @@ def _matrix_shape(x: torch.Tensor, w4: NF4Weight) -> tuple[int, int]:
             f"x has shape {list(x.shape)}; its last dimension must be the weight's in_features, {w4.shape[1]}"
         )
     return w4.shape
-
-
-def _dropped(x: torch.Tensor, probability: float, seed: int) -> torch.Tensor:
-    if not probability:
-        return x
-    return x * _dropout_factors(x, probability, seed)
-
-
-def _dropout_factors(x: torch.Tensor, probability: float, seed: int) -> torch.Tensor:
-    """0 with `probability`, else 1 / (1 - probability); the same for the same seed and shape."""
-    generator = torch.Generator(device=x.device).manual_seed(seed)
-    kept = torch.empty(x.shape, dtype=x.dtype, device=x.device).bernoulli_(1 - probability, generator=generator)
-    return kept.div_(1 - probability)
-
-
-def _narrow_product(a: torch.Tensor, b: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """`a @ b`, accumulated in float32 and returned in `dtype` without a rounding in between."""
-    if a.dtype == dtype:
-        return a @ b
-    if a.is_cuda and dtype == torch.float32:
-        return torch.mm(a, b, out_dtype=dtype)
-    return (a.float() @ b.float()).to(dtype)
-
-
-class _QLoRALinear(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, lora_A, lora_B, bias, scaling, dropout_p, seed, *weight):
-        out_features, dtype = lora_B.shape[0], x.dtype
-        y = ops.linear_nf4(x, *weight, out_features, bias)
-        S = F.linear(_dropped(x, dropout_p, seed), lora_A.to(dtype))
-        flat = y.reshape(-1, out_features)
-        y = flat.addmm_(S.reshape(-1, S.shape[-1]), lora_B.to(dtype).T, alpha=scaling).reshape(y.shape)
-        ctx.save_for_backward(x, S, lora_A, lora_B, *weight[:4])
-        ctx.blocksize, ctx.scaling, ctx.dropout_p, ctx.seed = weight[4], scaling, dropout_p, seed
-        return y
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad):
-        x, S, lora_A, lora_B, *weight = ctx.saved_tensors
-        need_x, need_A, need_B, need_bias = ctx.needs_input_grad[:4]
-        dtype, in_features, rank = x.dtype, x.shape[-1], lora_A.shape[0]
-        flat = grad.reshape(-1, grad.shape[-1])
-        dx = dA = dB = dbias = dS = None
-        if need_x or need_A:
-            dS = (flat @ lora_B.to(dtype)).mul_(ctx.scaling)
-        if need_B:
-            dB = _narrow_product(flat.T, S.reshape(-1, rank), lora_B.dtype).mul_(ctx.scaling)
-        if need_A:
-            dropped = _dropped(x, ctx.dropout_p, ctx.seed).reshape(-1, in_features)
-            dA = _narrow_product(dS.T, dropped, lora_A.dtype)
-        if need_x:
-            dx = ops.linear_nf4_backward(flat, *weight, ctx.blocksize, in_features)
-            if ctx.dropout_p:
-                through_adapter = (dS @ lora_A.to(dtype)).reshape(x.shape)
-                dx = dx.reshape(x.shape) + through_adapter * _dropout_factors(x, ctx.dropout_p, ctx.seed)
-            else:
-                dx = dx.addmm_(dS, lora_A.to(dtype)).reshape(x.shape)
-        if need_bias:
-            dbias = flat.sum(dim=0)
-        return dx, dA, dB, dbias, None, None, None, None, None, None, None, None

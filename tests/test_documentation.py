@@ -16,13 +16,16 @@ MODULES = sorted(m.name for m in pkgutil.walk_packages(qlora_engine.__path__, "q
 
 @pytest.mark.parametrize("name", MODULES)
 def test_docstring_examples(name):
+    if name.startswith("qlora_engine.kernels."):
+        pytest.importorskip("triton")
     failed, _ = doctest.testmod(importlib.import_module(name), optionflags=doctest.ELLIPSIS)
     assert failed == 0
 
 
 def test_there_are_examples():
     finder = doctest.DocTestFinder(exclude_empty=True)
-    found = [t for name in MODULES for t in finder.find(importlib.import_module(name)) if t.examples]
+    documented = [name for name in MODULES if not name.startswith("qlora_engine.kernels.")]
+    found = [t for name in documented for t in finder.find(importlib.import_module(name)) if t.examples]
     assert len(found) >= 10
 
 

@@ -133,6 +133,28 @@ def test_compiles_without_a_graph_break(device, dropout_p):
             torch.testing.assert_close(grad, t.grad)
 
 
+@pytest.mark.parametrize("backend", ["aot_eager", "aot_eager_decomp_partition"])
+def test_compiled_forward_and_backward_draw_one_mask(device, backend):
+    """Also where the partitioner is free to compute what forward computed again in backward."""
+    torch.compiler.reset()
+    w4 = qe.quantize(torch.eye(96) * 1e-3).to(device)
+    weight = w4.dequantize(torch.float32)
+    x = torch.randn(50, 96, device=device, requires_grad=True)
+    A, B = (torch.eye(96, device=device).requires_grad_() for _ in range(2))
+
+    def layer(x, A, B):
+        return qlora_linear(x, w4, A, B, 1.0, dropout_p=0.25)
+
+    compiled, masks = torch.compile(layer, fullgraph=True, backend=backend), []
+    for _ in range(2):
+        x.grad = None
+        y = compiled(x, A, B)
+        y.sum().backward()
+        masks.append((y - x @ weight.T).detach().abs() > 0.5 * x.detach().abs())
+        assert torch.equal(masks[-1], x.grad - weight.sum(0) > 0.5)
+    assert not torch.equal(*masks)
+
+
 def test_errors_name_the_shapes(device):
     w4, x, A, B, _ = problem(device, torch.float32)
     with pytest.raises(ValueError, match="last dimension must be the weight's in_features, 96"):

@@ -12,8 +12,8 @@ from pathlib import Path
 from qlora_engine.cli.common import add_command
 
 DESCRIPTION = """\
-Reports versions, devices, and what serves each operator on each device: the compiled library or the pure-PyTorch
-reference. Paste its output into a bug report."""
+Reports versions, devices, and what serves each operator on each device: the compiled library, Triton, or the
+pure-PyTorch reference. Paste its output into a bug report."""
 EXAMPLE = "  qlora env --json"
 PACKAGES = ("torch", "triton", "numpy", "scipy", "safetensors", "transformers", "trl", "datasets", "accelerate")
 PACKAGES += ("peft", "bitsandbytes", "gguf", "matplotlib", "psutil", "liger-kernel")
@@ -36,8 +36,9 @@ def collect() -> dict:
     """The report: nested dicts of JSON types; None for what is not there."""
     import torch
 
+    from qlora_engine import kernels
     from qlora_engine.ops import backend
-    from qlora_engine.ops.schema import SCHEMAS
+    from qlora_engine.ops.schema import ADAPTER_SCHEMAS, SCHEMAS
 
     return {
         "qlora_engine": _version("qlora_engine"),
@@ -63,10 +64,12 @@ def collect() -> dict:
             "path": str(backend.library_path()),
             "in_use": backend.library_error() is None,
             "why_not": backend.library_error(),
+            "triton_why_not": kernels.why_not(),
             "build": backend.build_info(),
         },
         "operators": {
-            name: {device: backend.implementation(name, device) for device in ("cpu", "cuda")} for name in SCHEMAS
+            name: {device: backend.implementation(name, device) for device in ("cpu", "cuda")}
+            for name in (*SCHEMAS, *ADAPTER_SCHEMAS)
         },
     }
 
@@ -91,12 +94,15 @@ def as_text(report: dict) -> str:
             ways = ", ".join(f"{way} at {rows}" for rows, way in device["linear"].items())
             lines.append(f"    products  {ways} rows of x")
     lines.append(f"library       {'in use' if library['in_use'] else 'not in use: ' + library['why_not']}")
+    no_triton = library["triton_why_not"]
+    lines.append(f"  Triton      {'no kernels: ' + no_triton if no_triton else 'kernels of adapters, on a GPU'}")
     if built:
         lines.append(f"  built for   {' and '.join(built)}{_of_architectures(build)}")
     if build.get("reason"):
         lines.append(f"  not more    {build['reason']}")
-    lines.append("operators     " + f"{'CPU':<11}CUDA")
-    lines += [f"  {name:<22}{served['cpu']:<11}{served['cuda']}" for name, served in report["operators"].items()]
+    width = max(map(len, report["operators"])) + 2
+    lines.append(f"{'operators':<{width + 2}}{'CPU':<11}CUDA")
+    lines += [f"  {name:<{width}}{served['cpu']:<11}{served['cuda']}" for name, served in report["operators"].items()]
     lines.append("packages      " + ", ".join(f"{name} {v}" for name, v in report["packages"].items() if v))
     absent = [name for name, version in report["packages"].items() if not version]
     if absent:

@@ -10,6 +10,7 @@ from torch import nn
 from qlora_engine.models.adapters import adapter_layers, adapter_names, set_adapters
 from qlora_engine.models.config import QLoRAConfig
 from qlora_engine.models.files import atomic_files
+from qlora_engine.models.grouping import group_layers
 from qlora_engine.models.peft_format import (
     CONFIG_FILE,
     PREFIX,
@@ -133,6 +134,8 @@ def load_adapter(
     for path in saved:
         target.get_submodule(path).requires_grad_(trainable)
     remember_saved(target, getattr(target, "qlora_config", None) or QLoRAConfig(r=0), saved)
+    if target.qlora_config.fused:
+        group_layers(target)
     return model
 
 

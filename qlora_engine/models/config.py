@@ -42,6 +42,8 @@ class QLoRAConfig:
             rank 0 leaves a layer without an adapter.
         adapter_dtype: dtype of the adapters' parameters.
         adapter_name: name of the adapter.
+        fused: let the projections of one input and gated MLPs act together (`models/grouping.py`), where the model's
+            structure allows it; projections of one input then share a mask of dropout. False: every layer by itself.
 
     Raises:
         ValueError: where a value is out of range.
@@ -61,6 +63,7 @@ class QLoRAConfig:
     alpha_pattern: Mapping[str, float] = dataclasses.field(default_factory=dict)
     adapter_dtype: torch.dtype = torch.float32
     adapter_name: str = DEFAULT_ADAPTER
+    fused: bool = True
 
     def __post_init__(self):
         if not isinstance(self.r, int) or self.r < 0:

@@ -8,6 +8,7 @@ from torch import nn
 
 from qlora_engine.models.adapters import set_adapters
 from qlora_engine.models.config import QLoRAConfig
+from qlora_engine.models.grouping import group_layers, ungroup_layers
 from qlora_engine.models.targets import find_targets, matches, matches_any
 from qlora_engine.nn.nf4_linear import NF4Linear
 from qlora_engine.nn.qlora_linear import QLoRALinear
@@ -75,6 +76,7 @@ def prepare(
     for path in saved:
         model.get_submodule(path).requires_grad_(True)
     remember_saved(model, config, earlier)
+    (group_layers if config.fused else ungroup_layers)(model)
     return model
 
 

@@ -102,6 +102,7 @@ class QLoRALinear(NF4Linear):
         self.adapters: dict[str, LoRASettings] = {}
         self.active_adapters: tuple[str, ...] = ()
         self.adapters_enabled = True
+        self.group = None  # nn.grouped.SharedInput, where other layers read the same input
         if self.weight.device.type != "meta":
             linear = nn.Linear(in_features, out_features, bias, device=device, dtype=dtype)
             self.set_nf4_weight(quantize(linear.weight.detach(), blocksize, double_quant))
@@ -229,11 +230,25 @@ class QLoRALinear(NF4Linear):
             delta.addmm_(B, A, alpha=self.adapters[name].scaling)
         return delta
 
+    def projection(self) -> functional.QLoRAProjection | None:
+        """What the layer computes now, as arguments of `functional.qlora_linear`; None unless one adapter acts."""
+        if not self.adapters_enabled or len(self.active_adapters) != 1:
+            return None
+        (name,) = self.active_adapters
+        settings = self.adapters[name]
+        dropout_p = settings.dropout if self.training else 0.0
+        A, B = self.lora_A[name], self.lora_B[name]
+        return functional.QLoRAProjection(self.nf4_weight, A, B, settings.scaling, self.bias, dropout_p)
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """`[..., in_features]` to `[..., out_features]`, in the dtype of `x` or autocast's."""
         names = self.active_adapters if self.adapters_enabled else ()
         if not names:
             return super().forward(x)
+        if self.group is not None:
+            y = self.group.product(self, x)
+            if y is not None:
+                return y
         first, *others = names
         y = functional.qlora_linear(
             x,

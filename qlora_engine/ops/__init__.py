@@ -3,7 +3,9 @@
 from qlora_engine.ops import backend
 from qlora_engine.ops.adamw import adamw_step, gradient_norm
 from qlora_engine.ops.dequantize import dequantize_absmax, dequantize_nf4
+from qlora_engine.ops.gated import gated_activation, gated_activation_backward
 from qlora_engine.ops.linear import LinearPath, linear_nf4, linear_nf4_backward, linear_path
+from qlora_engine.ops.lora import lora_add, lora_down, lora_grad_A, lora_grad_B
 from qlora_engine.ops.quantize import quantize_absmax, quantize_nf4
 
 __all__ = [
@@ -12,10 +14,16 @@ __all__ = [
     "backend",
     "dequantize_absmax",
     "dequantize_nf4",
+    "gated_activation",
+    "gated_activation_backward",
     "gradient_norm",
     "linear_nf4",
     "linear_nf4_backward",
     "linear_path",
+    "lora_add",
+    "lora_down",
+    "lora_grad_A",
+    "lora_grad_B",
     "quantize_absmax",
     "quantize_nf4",
 ]

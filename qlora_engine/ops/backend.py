@@ -1,4 +1,4 @@
-"""Defines the operators and decides what implements them: the compiled library, or the reference.
+"""Defines the operators and decides what implements them: the compiled library, Triton, or the reference.
 
 QLORA_ENGINE_BACKEND=auto (default) | compiled (an error where the library is missing) | reference
 """
@@ -12,11 +12,14 @@ from pathlib import Path
 
 import torch
 
-from qlora_engine.ops.schema import NAMESPACE, OPTIMIZER_SCHEMAS, SCHEMAS
+from qlora_engine import kernels
+from qlora_engine.ops.schema import ADAPTER_SCHEMAS, NAMESPACE, OPTIMIZER_SCHEMAS, SCHEMAS
 from qlora_engine.reference import adamw as _adamw
 from qlora_engine.reference import dequantize as _dequantize
+from qlora_engine.reference import gated as _gated
 from qlora_engine.reference import host_memory as _memory
 from qlora_engine.reference import linear as _linear
+from qlora_engine.reference import lora as _lora
 from qlora_engine.reference import quantize as _quantize
 
 ENVIRONMENT_VARIABLE = "QLORA_ENGINE_BACKEND"
@@ -27,6 +30,13 @@ _REFERENCE = {
     "dequantize_absmax": _dequantize.dequantize_absmax,
     "linear_nf4": _linear.linear_nf4,
     "linear_nf4_backward": _linear.linear_nf4_backward,
+    "lora_down": _lora.lora_down,
+    "lora_add": _lora.lora_add,
+    "lora_grad_B": _lora.lora_grad_B,
+    "lora_grad_A": _lora.lora_grad_A,
+    "gated_activation": _gated.gated_activation,
+    "gated_activation_backward": _gated.gated_activation_backward,
+    "gated_activation_backward_inplace": _gated.gated_activation_backward_inplace,
     "adamw_step": _adamw.adamw_step,
     "gradient_norm": _adamw.gradient_norm,
     "concurrent_managed_access": _memory.concurrent_managed_access,
@@ -56,7 +66,7 @@ def build_info() -> dict:
 
 
 def implementation(op: str, device_type: str) -> str:
-    """What serves an operator on a device: "compiled" or "reference".
+    """What serves an operator on a device: "compiled", "triton" or "reference".
 
     Args:
         op: an operator's name, such as "linear_nf4".
@@ -106,6 +116,11 @@ def _load_library() -> None:
         raise ImportError(f"{ENVIRONMENT_VARIABLE}=compiled, but the compiled library is missing: {_library_error}")
 
 
+def reference_function(name: str):
+    """The reference of an operator, without argument checks."""
+    return _REFERENCE[name]
+
+
 def reference_operator(name: str):
     """The reference of an operator behind the argument checks that the compiled operators make themselves."""
     from qlora_engine.ops.checks import CHECKS
@@ -119,8 +134,26 @@ def reference_operator(name: str):
     return call
 
 
+def triton_operator(name: str):
+    """An operator's Triton kernel behind its argument checks; the kernel is imported by the first call."""
+    from qlora_engine.ops.checks import CHECKS
+
+    check = CHECKS[name]
+
+    def call(*arguments):
+        check(*arguments)
+        return kernels.function(name)(*arguments)
+
+    return call
+
+
+def _uses_triton(name: str, device: str) -> bool:
+    choice = os.environ.get(ENVIRONMENT_VARIABLE, "auto")
+    return device == "cuda" and choice != "reference" and name in kernels.operators() and kernels.why_not() is None
+
+
 def _register() -> None:
-    schemas = {**SCHEMAS, **OPTIMIZER_SCHEMAS}
+    schemas = {**SCHEMAS, **ADAPTER_SCHEMAS, **OPTIMIZER_SCHEMAS}
     for name, schema in schemas.items():
         torch.library.define(f"{NAMESPACE}::{name}", schema)
     _load_library()
@@ -128,9 +161,11 @@ def _register() -> None:
         qualified = f"{NAMESPACE}::{name}"
         for device, key in _DISPATCH_KEYS.items():
             compiled = torch._C._dispatch_has_kernel_for_dispatch_key(qualified, key)
-            if not compiled:
-                torch.library.impl(qualified, device)(reference_operator(name))
-            _implementations[name, device] = "compiled" if compiled else "reference"
+            served = "compiled" if compiled else "triton" if _uses_triton(name, device) else "reference"
+            if served != "compiled":
+                operator = triton_operator if served == "triton" else reference_operator
+                torch.library.impl(qualified, device)(operator(name))
+            _implementations[name, device] = served
 
 
 _register()

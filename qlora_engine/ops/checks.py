@@ -5,6 +5,7 @@ import math
 import torch
 
 from qlora_engine.quantization.codebook import NESTED_BLOCKSIZE
+from qlora_engine.reference.gated import ACTIVATIONS
 
 COMPUTE_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -183,7 +184,114 @@ def copy_bytes(source, target) -> None:
         )
 
 
+def _check_matrix(op: str, name: str, tensor: torch.Tensor, shape: tuple, like: torch.Tensor, dtype=None) -> None:
+    """`shape` has None where any size will do; `dtype` None allows every compute dtype."""
+    check_compute_dtype(op, name, tensor.dtype)
+    if dtype is not None and tensor.dtype != dtype:
+        raise RuntimeError(f"{op}: {name} is {_name(tensor.dtype)}; expected {_name(dtype)}")
+    if tensor.dim() != 2 or any(want not in (None, got) for got, want in zip(tensor.shape, shape, strict=True)):
+        wanted = ", ".join("any" if size is None else str(size) for size in shape)
+        raise RuntimeError(f"{op}: {name} is {list(tensor.shape)}; expected [{wanted}]")
+    if tensor.device != like.device:
+        raise RuntimeError(f"{op}: {name} is on another device; move the input and the adapter to one device")
+
+
+def _check_dense(op: str, name: str, tensor: torch.Tensor) -> None:
+    if not tensor.is_contiguous():
+        raise RuntimeError(f"{op}: {name} is not contiguous; call .contiguous() on it")
+
+
+def _check_narrow(op: str, name: str, tensor: torch.Tensor) -> None:
+    """Some columns of a wider matrix will do, as long as a row's elements follow each other."""
+    if tensor.shape[1] > 1 and tensor.stride(1) != 1:
+        raise RuntimeError(f"{op}: the rows of {name} are not contiguous; call .contiguous() on it")
+
+
+def _check_dropout(op: str, dropout_p: float, seed: torch.Tensor | None, like: torch.Tensor) -> None:
+    if not 0.0 <= dropout_p < 1.0:
+        raise RuntimeError(f"{op}: dropout_p is {dropout_p}; expected at least 0 and below 1")
+    if dropout_p and seed is None:
+        raise RuntimeError(f"{op}: there is no seed; dropout needs one, int64 of one element")
+    if seed is not None:
+        check_tensor(op, "seed", seed, torch.int64, 1, like)
+
+
+def lora_down(x, lora_A, scaling, dropout_p, seed) -> None:
+    op = "lora_down"
+    _check_matrix(op, "x", x, (None, None), x)
+    _check_dense(op, "x", x)
+    if not lora_A:
+        raise RuntimeError(f"{op}: lora_A is empty; expected at least one matrix")
+    for A in lora_A:
+        _check_matrix(op, "lora_A", A, (None, x.shape[1]), x)
+    _check_dropout(op, dropout_p, seed, x)
+
+
+def lora_add(y, S, lora_B, scaling, addends, dropout_p, seed) -> None:
+    op = "lora_add"
+    _check_matrix(op, "y", y, (None, None), y)
+    _check_dense(op, "y", y)
+    _check_matrix(op, "S", S, (y.shape[0], None), y, y.dtype)
+    _check_narrow(op, "S", S)
+    _check_matrix(op, "lora_B", lora_B, (y.shape[1], S.shape[1]), y)
+    if len(addends) > 2:
+        raise RuntimeError(f"{op}: there are {len(addends)} addends; expected at most 2")
+    for addend in addends:
+        _check_matrix(op, "an addend", addend, tuple(y.shape), y, y.dtype)
+        _check_dense(op, "an addend", addend)
+    _check_dropout(op, dropout_p, seed, y)
+
+
+def lora_grad_B(grad, S, lora_B, scaling, grad_S) -> None:
+    op = "lora_grad_B"
+    _check_matrix(op, "grad", grad, (None, None), grad)
+    _check_dense(op, "grad", grad)
+    for name, tensor in (("S", S), ("grad_S", grad_S)):
+        _check_matrix(op, name, tensor, (grad.shape[0], None), grad, grad.dtype)
+        _check_narrow(op, name, tensor)
+    _check_matrix(op, "lora_B", lora_B, (grad.shape[1], S.shape[1]), grad)
+    _check_matrix(op, "grad_S", grad_S, tuple(S.shape), grad)
+
+
+def lora_grad_A(grad_S, x, dropout_p, seed, dtype) -> None:
+    op = "lora_grad_A"
+    _check_matrix(op, "x", x, (None, None), x)
+    _check_dense(op, "x", x)
+    _check_matrix(op, "grad_S", grad_S, (x.shape[0], None), x, x.dtype)
+    _check_narrow(op, "grad_S", grad_S)
+    check_compute_dtype(op, "dtype", dtype)
+    _check_dropout(op, dropout_p, seed, x)
+
+
+def gated_activation(gate, up, activation, op="gated_activation") -> None:
+    check_compute_dtype(op, "gate", gate.dtype)
+    if activation not in ACTIVATIONS:
+        raise RuntimeError(f"{op}: the activation is {activation!r}; expected one of {', '.join(ACTIVATIONS)}")
+    if gate.dim() != 2:
+        _check_dense(op, "gate", gate)
+    else:
+        _check_narrow(op, "gate", gate)
+    if up.dtype != gate.dtype or up.shape != gate.shape or up.device != gate.device:
+        wanted = f"{_name(gate.dtype)} {list(gate.shape)}, as gate"
+        raise RuntimeError(f"{op}: up is {_name(up.dtype)} {list(up.shape)}; expected {wanted}")
+    if up.stride() != gate.stride() and up.numel():
+        raise RuntimeError(f"{op}: up has other strides than gate; call .contiguous() on both")
+
+
+def gated_activation_backward(grad, gate, up, activation) -> None:
+    op = "gated_activation_backward"
+    gated_activation(gate, up, activation, op)
+    check_tensor(op, "grad", grad, gate.dtype, gate.numel(), gate)
+
+
 CHECKS = {
+    "lora_down": lora_down,
+    "lora_add": lora_add,
+    "lora_grad_B": lora_grad_B,
+    "lora_grad_A": lora_grad_A,
+    "gated_activation": gated_activation,
+    "gated_activation_backward": gated_activation_backward,
+    "gated_activation_backward_inplace": gated_activation_backward,
     "adamw_step": adamw_step,
     "gradient_norm": gradient_norm,
     "concurrent_managed_access": concurrent_managed_access,

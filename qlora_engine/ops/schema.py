@@ -30,6 +30,27 @@ SCHEMAS = {
     "linear_nf4_backward": f"(Tensor grad, {_WEIGHT}, int in_features) -> Tensor",
 }
 
+# The narrow products of a low-rank adapter. Matrices only; see ops/lora.py. `seed` int64 [1], None without dropout.
+ADAPTER_SCHEMAS = {
+    # scaling * drop(x) [M, K] @ stacked lora_A [R, K].T -> [M, R], dtype of x
+    "lora_down": "(Tensor x, Tensor[] lora_A, float scaling, float dropout_p, Tensor? seed) -> Tensor",
+    # y [M, N] += addends + keep * scaling * S [M, R] @ lora_B [N, R].T
+    "lora_add": (
+        "(Tensor(a!) y, Tensor S, Tensor lora_B, float scaling, Tensor[] addends, float dropout_p, Tensor? seed)"
+        " -> ()"
+    ),
+    # grad_S [M, R] = scaling * grad [M, N] @ lora_B; scaling * grad.T @ S -> [N, R], dtype of lora_B
+    "lora_grad_B": "(Tensor grad, Tensor S, Tensor lora_B, float scaling, Tensor(a!) grad_S) -> Tensor",
+    # grad_S [M, R].T @ drop(x) [M, K] -> [R, K]
+    "lora_grad_A": "(Tensor grad_S, Tensor x, float dropout_p, Tensor? seed, ScalarType dtype) -> Tensor",
+    # act(gate) * up; see ops/gated.py
+    "gated_activation": "(Tensor gate, Tensor up, str activation) -> Tensor",
+    # -> act(gate) * up and the gradients of gate and up
+    "gated_activation_backward": "(Tensor grad, Tensor gate, Tensor up, str activation) -> (Tensor, Tensor, Tensor)",
+    # the same, over grad, gate and up
+    "gated_activation_backward_inplace": ("(Tensor(a!) grad, Tensor(b!) gate, Tensor(c!) up, str activation) -> ()"),
+}
+
 # Operators that change their arguments and return nothing that has a gradient. See ops/adamw.py.
 OPTIMIZER_SCHEMAS = {
     "adamw_step": (

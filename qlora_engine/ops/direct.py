@@ -1,0 +1,48 @@
+"""The adapter's operators for autograd nodes, which have checked their arguments: past the dispatcher where they may.
+
+A small layer's step is bound by the host, and a call through PyTorch's dispatcher into Python and the argument checks
+cost it more than the launch itself. Where nothing watches the call (no tracing, no dispatch mode, plain tensors) a
+node calls the implementation; else the operator.
+"""
+
+from collections.abc import Callable
+
+import torch
+
+from qlora_engine import kernels
+from qlora_engine.ops import backend
+from qlora_engine.ops.schema import SCHEMAS
+
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
+_implementations: dict[tuple[str, str], Callable] = {}
+
+
+def operator(name: str, x: torch.Tensor) -> Callable:
+    """What to call for an operator on the device of x, with all of its schema's arguments. It makes no graph."""
+    if torch.compiler.is_compiling() or type(x) not in _PLAIN or torch._C._len_torch_dispatch_stack():
+        return getattr(torch.ops.qlora_engine, name).default
+    place = name, x.device.type
+    if place not in _implementations:
+        _implementations[place] = _implementation(*place)
+    return _implementations[place]
+
+
+def _implementation(name: str, device: str) -> Callable:
+    registered = getattr(torch.ops.qlora_engine, name).default
+    if name in SCHEMAS:
+        return _below_autograd(registered)
+    if device not in ("cpu", "cuda"):
+        return registered
+    if backend.implementation(name, device) == "triton":
+        return kernels.function(name)
+    return backend.reference_function(name)
+
+
+def _below_autograd(registered: Callable) -> Callable:
+    """The operator past its autograd formula, which is Python's and not needed inside a node."""
+
+    def call(*arguments):
+        with torch._C._AutoDispatchBelowAutograd():
+            return registered(*arguments)
+
+    return call
