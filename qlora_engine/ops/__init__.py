@@ -4,7 +4,7 @@ from qlora_engine.ops import backend
 from qlora_engine.ops.adamw import adamw_step, gradient_norm
 from qlora_engine.ops.dequantize import dequantize_absmax, dequantize_nf4
 from qlora_engine.ops.linear import linear_nf4, linear_nf4_backward
-from qlora_engine.ops.quantize import quantize_absmax, quantize_nf4
+from qlora_engine.ops.quantize import quantize_absmax, quantize_nf4, quantize_nf4_double, quantize_nf4_search
 
 __all__ = [
     "adamw_step",
@@ -16,4 +16,6 @@ __all__ = [
     "linear_nf4_backward",
     "quantize_absmax",
     "quantize_nf4",
+    "quantize_nf4_double",
+    "quantize_nf4_search",
 ]

@@ -65,7 +65,10 @@ def write_sources(folder: Path) -> list[Path]:
     sources = []
     for source in sorted((CSRC / "cuda").iterdir()):
         hopper = "sm90" in source.name or source.name == "wgmma.cuh"  # tile copies and wgmma are not emulated
-        if source.suffix in (".cu", ".cuh") and not hopper:
+        own = Path(__file__).with_name(source.name)  # what the emulation has its own text for
+        if own.exists():
+            (target / source.name).write_text(own.read_text())
+        elif source.suffix in (".cu", ".cuh") and not hopper:
             text = '#include "cuda_on_cpu.h"\n' + translate(source.read_text())
             name = source.name.replace(".cu", ".cpp") if source.suffix == ".cu" else source.name
             (target / name).write_text(text)
