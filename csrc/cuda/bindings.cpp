@@ -67,14 +67,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> quantize_nf4_double_cuda(const Tensor
   Tensor codes = empty(weight, {blocks}, ScalarType::Byte);
   Tensor nested = empty(weight, {ceil_div(blocks, kNestedBlocksize)}, ScalarType::Float);
   Tensor offset = empty(weight, {}, ScalarType::Float);
-  const Tensor absmax = empty(weight, {blocks}, ScalarType::Float);
+  const Tensor absmax = empty(weight, {blocks}, weight.scalar_type());
   const Tensor sums = empty(weight, {kMaxScaleSums}, ScalarType::Double);
   check_launch(op, quantize_nf4_double(weight.const_data_ptr(), to_dtype(weight.scalar_type()), n, blocksize,
                                        static_cast<uint8_t*>(packed.mutable_data_ptr()),
                                        static_cast<uint8_t*>(codes.mutable_data_ptr()),
                                        static_cast<float*>(nested.mutable_data_ptr()),
                                        static_cast<float*>(offset.mutable_data_ptr()),
-                                       static_cast<float*>(absmax.mutable_data_ptr()),
+                                       absmax.mutable_data_ptr(),
                                        static_cast<double*>(sums.mutable_data_ptr()),
                                        current_stream(weight.get_device_index())));
   return {packed, codes, nested, offset};

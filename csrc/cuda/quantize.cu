@@ -11,6 +11,8 @@
 // it takes, and which they are depends on the weight's size alone, as the order of the additions does, not on how many
 // multiprocessors there are. So the sum is the same on every card and in every run. The kernel that
 // follows (quantize_absmax.cu) adds the thread blocks' sums.
+#include <type_traits>
+
 #include "dependent_launch.cuh"
 #include "quantize.cuh"
 
@@ -31,13 +33,17 @@ constexpr int kResident = kSums && S::kVectors == 8 ? 3 : S::kResident;
 template <typename S>
 constexpr int kSummingBlocks = 128 * kResident<S, true>;
 
+// What scales are written in: a 16-bit weight's largest magnitudes are 16-bit numbers.
+template <typename T, bool kSums>
+using ScaleOf = typename std::conditional<kSums, T, float>::type;
+
 template <typename T, int kBlocksize, bool kSums>
 __global__ void __launch_bounds__(Tile<T, kBlocksize>::kThreads, kResident<Tile<T, kBlocksize>, kSums>)
     quantize_nf4_kernel(const T* __restrict__ weight, int64_t numel, int64_t tiles, bool aligned,
-                        uint8_t* __restrict__ packed, float* __restrict__ absmax, double* __restrict__ sums) {
+                        uint8_t* __restrict__ packed, ScaleOf<T, kSums>* __restrict__ absmax,
+                        double* __restrict__ sums) {
   using S = Tile<T, kBlocksize>;
   __shared__ __align__(16) Bucket buckets[64 * kCopies];
-  if constexpr (kSums) let_dependent_start();
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int64_t step = int64_t(gridDim.x) * (S::kThreads / 32);
   const int64_t bytes = (numel + 1) / 2, blocks = ceil_div(numel, kBlocksize);
@@ -73,6 +79,7 @@ __global__ void __launch_bounds__(Tile<T, kBlocksize>::kThreads, kResident<Tile<
   }
 
   if constexpr (kSums) {
+    let_dependent_start();
     __syncthreads();
     if (warp == 0) {
       double sum = 0;
@@ -86,7 +93,7 @@ __global__ void __launch_bounds__(Tile<T, kBlocksize>::kThreads, kResident<Tile<
 }
 
 template <typename T, int kBlocksize, bool kSums>
-cudaError_t launch(const void* weight, int64_t numel, uint8_t* packed, float* absmax, double* sums, unsigned* grid,
+cudaError_t launch(const void* weight, int64_t numel, uint8_t* packed, void* absmax, double* sums, unsigned* grid,
                    cudaStream_t stream) {
   using S = Tile<T, kBlocksize>;
   const int64_t tiles = ceil_div(numel, S::kElements), at_once = S::kThreads / 32;
@@ -98,7 +105,7 @@ cudaError_t launch(const void* weight, int64_t numel, uint8_t* packed, float* ab
   }
   const bool aligned = reinterpret_cast<uintptr_t>(weight) % 16 == 0;
   quantize_nf4_kernel<T, kBlocksize, kSums><<<*grid, S::kThreads, 0, stream>>>(
-      static_cast<const T*>(weight), numel, tiles, aligned, packed, absmax, sums);
+      static_cast<const T*>(weight), numel, tiles, aligned, packed, static_cast<ScaleOf<T, kSums>*>(absmax), sums);
   return cudaGetLastError();
 }
 
@@ -114,7 +121,7 @@ cudaError_t quantize_nf4(const void* weight, Dtype dtype, int64_t numel, int64_t
 }
 
 cudaError_t quantize_nf4_double(const void* weight, Dtype dtype, int64_t numel, int64_t blocksize, uint8_t* packed,
-                                uint8_t* codes, float* nested_absmax, float* offset, float* absmax, double* sums,
+                                uint8_t* codes, float* nested_absmax, float* offset, void* absmax, double* sums,
                                 cudaStream_t stream) {
   unsigned grid = 0;
   if (numel != 0) {
@@ -123,8 +130,8 @@ cudaError_t quantize_nf4_double(const void* weight, Dtype dtype, int64_t numel, 
     });
     if (error != cudaSuccess) return error;
   }
-  return quantize_summed_absmax(absmax, sums, int(grid), ceil_div(numel, blocksize), codes, nested_absmax, offset,
-                                stream);
+  return quantize_summed_absmax(absmax, dtype, sums, int(grid), ceil_div(numel, blocksize), codes, nested_absmax,
+                                offset, stream);
 }
 
 }  // namespace qlora_engine::cuda

@@ -234,11 +234,11 @@ __device__ __forceinline__ void store_tile(const uint32_t (&codes)[S::kVectors],
 }
 
 // The scale that each lane kept of the blocks it lies in: whole warps write scales in one instruction.
-template <typename S>
-__device__ __forceinline__ void store_scales(float kept, float* absmax, int64_t tile, int64_t blocks) {
+template <typename S, typename Scale>
+__device__ __forceinline__ void store_scales(float kept, Scale* absmax, int64_t tile, int64_t blocks) {
   const int lane = threadIdx.x % 32, own = lane % S::kBlockLanes;
   const int64_t block = tile * (S::kElements / S::kBlock) + own * (32 / S::kBlockLanes) + lane / S::kBlockLanes;
-  if (own < S::kVectors / S::kBlockVectors && block < blocks) absmax[block] = kept;
+  if (own < S::kVectors / S::kBlockVectors && block < blocks) absmax[block] = from_float<Scale>(kept);
 }
 
 // Calls launch.operator()<T, kBlocksize>() for a weight's element type and block size.

@@ -76,9 +76,9 @@ def quantize_nf4_double(
     """Quantizes a weight to NF4 and its scales to 8 bits: `quantize_nf4` and `quantize_absmax` in one call.
 
     Packed codes and scales are those of the two operators, bit for bit, given the offset. On a CPU the offset is
-    torch's mean of the scales, as in bitsandbytes. On a GPU it is the mean in float64, rounded once, the same on every
-    card; bitsandbytes' is summed in float32 and may differ from it in the last digits, and its scales' codes then may
-    too, though what they decode to is as near.
+    torch's mean of the scales, as in bitsandbytes. On a GPU it is the mean in float64, rounded once, the same on
+    every card; bitsandbytes' is summed in float32 and may differ from it in the last digits, as may then the codes of
+    scales that lie halfway between two levels.
 
     Args:
         weight: float16, bfloat16 or float32, any shape and strides; read row-major. `n` elements.
@@ -102,12 +102,13 @@ def quantize_nf4_search(
     """Quantizes a weight to NF4 with the scales, among some, that make the squared error of each block smallest.
 
     Candidates between 0.80 and 1.10 times the absolute maximum (0.73 in blocks of 512 and more) make codes; those
-    codes' scale by least squares, and the error it leaves, decide. At the same size as `quantize_nf4`, and in the same
-    format, the error of normal weights is 14% lower at block 64, that of Student-t(5) ones 11%; with `signed` 19% and
-    16%. The result is the same, bit for bit, on every device. `qlora_engine.reference.scale_search` defines it.
+    codes' scale by least squares, and the error it leaves, decide. At the same size as `quantize_nf4`, and in the
+    same format, the error of normal weights is 14% lower at block 64, that of Student-t(5) ones 11%; with `signed`
+    19% and 16%. The result is the same, bit for bit, on every device. `qlora_engine.reference.scale_search` defines
+    it.
 
-    Blocks of zeros, those with a NaN or an infinity, and those whose absolute maximum is not within 2**-100 ... 2**100
-    keep it as their scale.
+    Blocks of zeros, those with an infinity, and those whose absolute maximum is not within 2**-100 ... 2**100 keep it
+    as their scale. NaN is treated as in `quantize_nf4`.
 
     Args:
         weight: float16, bfloat16 or float32, any shape and strides; read row-major. `n` elements.

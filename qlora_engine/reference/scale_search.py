@@ -1,9 +1,9 @@
 """Reference of `quantize_nf4_search`: the definition of the scales that it finds.
 
 With codes given, the error `sum (w - s q)**2` of a block is least at `s = sum(w q) / sum(q q)`, where it is
-`sum(w w) - sum(w q)**2 / sum(q q)`; q are the codes' levels. So candidates for the scale make codes, and the codes for
-which `sum(w q)**2 / sum(q q)` is largest make the scale. The sums are of integers, so that every order of additions
-gives the same scale on every device.
+`sum(w w) - sum(w q)**2 / sum(q q)`; q are the codes' levels. So candidates for the scale make codes, and the codes
+for which `sum(w q)**2 / sum(q q)` is largest make the scale. The sums are of integers, so that every order of
+additions gives the same scale on every device.
 """
 
 import torch
@@ -15,8 +15,8 @@ from qlora_engine.reference.quantize import quantize_nf4 as quantize_by_absmax
 
 UNIT = 512  # the largest element of a block, in the units of the search
 STEP = 128  # candidates' codes are those of w / scale rounded to so many parts of 1
-# Candidate g is 32 / g times the largest magnitude: 1.10 to 0.80 times, and 0.73 times in blocks of MANY_BLOCKSIZE on,
-# whose outliers are rarer.
+# Candidate g is 32 / g times the largest magnitude: 1.10 to 0.80 times, and 0.73 times in blocks of MANY_BLOCKSIZE
+# on, of which an outlier is a smaller part.
 FIRST, CANDIDATES, MANY, MANY_BLOCKSIZE = 29, 12, 16, 512
 # Blocks whose largest magnitude lies outside keep it as their scale.
 LEAST, MOST = 2.0**-100, 2.0**100

@@ -28,7 +28,7 @@ int run_quantize_nf4_search(const void* weight, int dtype, int64_t numel, int64_
 }
 
 int run_quantize_nf4_double(const void* weight, int dtype, int64_t numel, int64_t blocksize, uint8_t* packed,
-                            uint8_t* codes, float* nested_absmax, float* offset, float* absmax) {
+                            uint8_t* codes, float* nested_absmax, float* offset, void* absmax) {
   std::vector<double> sums(kMaxScaleSums, NAN);
   return quantize_nf4_double(weight, Dtype(dtype), numel, blocksize, packed, codes, nested_absmax, offset, absmax,
                              sums.data(), nullptr);
