@@ -7,7 +7,10 @@
 //   exactly: at most 128 elements a lane, 2^17 each; over the lanes of blocks larger than 128 they go on in int32.
 //   The table is held once a lane: no bank conflicts.
 //
-// Bound: instructions, about 3.4 an element and candidate-free work included 110 at block 64.
+// Bound: instructions, about 110 an element at block 64, of which the search's inner loop takes 60. On an H100 80GB, in
+// bfloat16: 467, 506 and 520 GB/s at 4096x4096, 14336x4096 and 28672x8192, three quarters of what that many
+// instructions allow; 284, 300 and 307 where both signs are tried. Two, three or four thread blocks a multiprocessor
+// make no difference.
 #include <type_traits>
 
 #include "../scale_search.h"
