@@ -4,9 +4,11 @@
     python benchmarks/bench_linear.py --device cpu
 
 Microseconds a call. "dense" is cuBLAS (or the CPU's BLAS) on a weight of the activations' dtype, which takes four to
-eight times the memory.
+eight times the memory. On a GPU --path forces the way of y = x W^T as QLORA_ENGINE_LINEAR does, and "decoded" is
+dequantize_nf4 and cuBLAS.
 """
 
+import os
 import sys
 
 import harness
@@ -16,12 +18,14 @@ import torch.nn.functional as F
 
 import qlora_engine as qe
 from qlora_engine import ops
+from qlora_engine.ops.linear import LINEAR_ENVIRONMENT_VARIABLE, linear_path
 
 WEIGHTS = {
     "cuda": [(4096, 4096), (14336, 4096), (4096, 14336)],
     "cpu": [(4096, 4096), (1536, 576)],
 }
-ROWS = {"cuda": [1, 4, 16, 64, 128, 256, 512, 1024, 2048, 8192], "cpu": [1, 16, 128, 512]}
+ROWS = {"cuda": [1, 4, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192], "cpu": [1, 16, 128, 512]}
+FEW = 64  # rows of x up to which reading W is what bounds a product
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 # relative RMS against float64 on the decoded weight
 BOUNDS = {"bf16": 6e-3, "fp16": 1e-3, "fp32": 2e-6}
@@ -29,6 +33,19 @@ BOUNDS = {"bf16": 6e-3, "fp16": 1e-3, "fp32": 2e-6}
 
 def relative_rms(actual, expected) -> float:
     return float((actual.double() - expected).norm() / expected.norm())
+
+
+def forced(path: str, function):
+    """What `function` returns where QLORA_ENGINE_LINEAR is `path`."""
+    before = os.environ.get(LINEAR_ENVIRONMENT_VARIABLE)
+    os.environ[LINEAR_ENVIRONMENT_VARIABLE] = path
+    try:
+        return function()
+    finally:
+        if before is None:
+            del os.environ[LINEAR_ENVIRONMENT_VARIABLE]
+        else:
+            os.environ[LINEAR_ENVIRONMENT_VARIABLE] = before
 
 
 def measure(N, K, M, dtype_name, timer, device, check) -> dict:
@@ -62,9 +79,15 @@ def measure(N, K, M, dtype_name, timer, device, check) -> dict:
             row["bitsandbytes_backward_us"] = timer(lambda: theirs.backward(grad))
         row["speedup"] = row["bitsandbytes_us"] / row["ours_us"]
     if device == "cuda":
+        from reader import read_microseconds
+
         row["graph_us"] = timer.graph(forward)
-        as_many_bytes = torch.ones(w4.nbytes // 4, device=device)
-        row["read_us"] = timer(lambda: as_many_bytes.max())  # two kernels of torch's, so not the least time to read W
+        name, *config = linear_path(M, N, K, dtype)
+        row["path"] = f"{name} {','.join(map(str, config))}" if any(config) else name
+        row["decoded_us"] = timer(lambda: forced("dequantize", forward))
+        if M <= FEW:
+            row["read_us"] = read_microseconds(timer, w4.nbytes)
+            row["over_read"] = row["ours_us"] / row["read_us"]
     row["tflops"] = 2 * M * N * K / row["ours_us"] / 1e6
     return row
 
@@ -75,6 +98,7 @@ def picture(path, rows, dtype_name, where) -> None:
         "y = x W^T": {
             "ours_us": "qlora_engine",
             "dense_us": f"dense {dtype_name}",
+            "decoded_us": "dequantize, then dense",
             "bitsandbytes_us": "bitsandbytes",
         },
         "dX = dY W": {
@@ -108,8 +132,11 @@ def picture(path, rows, dtype_name, where) -> None:
 def main() -> int:
     p = harness.parser(*__doc__.split("\n\n", 1))
     p.add_argument("--dtype", choices=DTYPES, help="default: bf16 on a GPU, fp32 on a CPU")
+    p.add_argument("--path", help="auto (default), fused, fused:TOKENS,PAIR,SPLITS or dequantize; on a GPU")
     args = p.parse_args()
     device = args.device
+    if args.path:
+        os.environ[LINEAR_ENVIRONMENT_VARIABLE] = args.path
     harness.require_compiled(["linear_nf4", "linear_nf4_backward"], device)
     timer = harness.Timer(device, args.quick)
     usual = "bf16" if device == "cuda" else "fp32"
@@ -120,13 +147,16 @@ def main() -> int:
     columns = {"case": "NF4 linear", "ours_us": "us", "dense_us": "dense", "ours_over_dense": "ours/dense"}
     columns |= {"bitsandbytes_us": "bnb", "speedup": "bnb/ours", "tflops": "TFLOP/s"}
     if device == "cuda":
-        columns |= {"graph_us": "in a graph", "read_us": "torch max of as many bytes"}
+        columns |= {"path": "path", "decoded_us": "decoded", "graph_us": "in a graph"}
+        columns |= {"read_us": "only read W", "over_read": "us/read"}
     columns |= {"backward_us": "dX us", "dense_backward_us": "dX dense", "backward_over_dense": "dX ours/dense"}
     columns |= {"bitsandbytes_backward_us": "dX bnb"}
     columns |= {"error": "error"} if args.check else {}
     print(harness.environment(device))
     print(harness.table(rows, columns))
     name = args.out / f"bench_linear_{harness.slug(device)}{'' if dtype_name == usual else '_' + dtype_name}"
+    if args.path:
+        name = name.with_name(f"{name.name}_{args.path.replace(':', '_').replace(',', '_')}")
     harness.write_json(name.with_suffix(".json"), device, rows)
     picture(name.with_suffix(".png"), rows, dtype_name, harness.environment(device)["device"])
     wrong = [row["case"] for row in rows if row.get("wrong")]

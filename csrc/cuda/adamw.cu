@@ -29,7 +29,7 @@ constexpr int64_t kItems = kPageElements / kItem;  // of a whole page
 template <bool kEightBit>
 struct Shape {
   static constexpr int kVectors = kEightBit ? 1 : 2;  // of 4 elements that a thread takes at a time (32 bits)
-  static constexpr int kResident = 3;                 // blocks a multiprocessor
+  static constexpr int kResident = kEightBit ? 3 : 3;  // blocks a multiprocessor
 };
 
 static __device__ const DynamicTables kTables = kDynamicTables;
@@ -227,46 +227,60 @@ __device__ __forceinline__ float encode(const DynamicTables& tables, const float
   return scale;
 }
 
+// What a lane holds of a block of 256: elements 4 lane ... 4 lane + 3, and those 128 further on.
+template <typename T>
+struct BlockShare {
+  uint32_t codes_m[2], codes_v[2];
+  float scale_m, scale_v, p[2][4], g[2][4];
+
+  __device__ __forceinline__ void load(const PageOf<T>& page, int base) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int e = base + half * 128 + int(threadIdx.x % 32) * 4;
+      codes_m[half] = *reinterpret_cast<const uint32_t*>(page.codes(0) + e);
+      codes_v[half] = *reinterpret_cast<const uint32_t*>(page.codes(1) + e);
+      page.load(e, p[half], g[half]);
+    }
+    scale_m = page.scales(0)[base / int(kStateBlock)];
+    scale_v = page.scales(1)[base / int(kStateBlock)];
+  }
+};
+
+// All loads of a block come before its first store: the compiler moves none across a store to the page by itself.
 template <typename T>
 __device__ __forceinline__ void update_8bit(const PageOf<T>& page, int begin, const AdamWConstants& c,
                                             const DynamicTables& tables) {
+  constexpr int kStride = kWarps * int(kStateBlock);
   const int end = min(begin + int(kItem), page.count), lane = threadIdx.x % 32;
-  for (int base = begin + int(threadIdx.x / 32) * int(kStateBlock); base < end; base += kWarps * int(kStateBlock)) {
-    const int block = base / int(kStateBlock);
+  int base = begin + int(threadIdx.x / 32) * int(kStateBlock);
+  for (; base < end; base += kStride) {
+    BlockShare<T> share;
+    share.load(page, base);
     float m[8], v[8];
-    uint32_t words_m[2], words_v[2];
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int e = base + half * 128 + lane * 4;
-      words_m[half] = *reinterpret_cast<const uint32_t*>(page.codes(0) + e);
-      words_v[half] = *reinterpret_cast<const uint32_t*>(page.codes(1) + e);
-    }
-    const float old_scale_m = page.scales(0)[block], old_scale_v = page.scales(1)[block];
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int e = base + half * 128 + lane * 4;
-      float p[4], g[4];
-      page.load(e, p, g);
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const int k = half * 4 + i;
-        m[k] = rounded::multiply(tables.signed_levels[words_m[half] >> (8 * i) & 255u], old_scale_m);
-        v[k] = rounded::multiply(tables.unsigned_levels[words_v[half] >> (8 * i) & 255u], old_scale_v);
-        adamw_update(p[i], rounded::multiply(g[i], c.gradient_multiplier), m[k], v[k], c);
+        m[k] = rounded::multiply(tables.signed_levels[share.codes_m[half] >> (8 * i) & 255u], share.scale_m);
+        v[k] = rounded::multiply(tables.unsigned_levels[share.codes_v[half] >> (8 * i) & 255u], share.scale_v);
+        adamw_update(share.p[half][i], rounded::multiply(share.g[half][i], c.gradient_multiplier), m[k], v[k], c);
         if (e + i >= page.count) m[k] = v[k] = 0.f;
       }
-      page.store(e, p);
+      page.store(e, share.p[half]);
     }
-    const float scale_m = encode<true>(tables, m, words_m), scale_v = encode<false>(tables, v, words_v);
+    uint32_t codes_m[2], codes_v[2];
+    const float scale_m = encode<true>(tables, m, codes_m), scale_v = encode<false>(tables, v, codes_v);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int e = base + half * 128 + lane * 4;
-      *reinterpret_cast<uint32_t*>(page.codes(0) + e) = words_m[half];
-      *reinterpret_cast<uint32_t*>(page.codes(1) + e) = words_v[half];
+      *reinterpret_cast<uint32_t*>(page.codes(0) + e) = codes_m[half];
+      *reinterpret_cast<uint32_t*>(page.codes(1) + e) = codes_v[half];
     }
     if (lane == 0) {
-      page.scales(0)[block] = scale_m;
-      page.scales(1)[block] = scale_v;
+      page.scales(0)[base / int(kStateBlock)] = scale_m;
+      page.scales(1)[base / int(kStateBlock)] = scale_v;
     }
   }
 }

@@ -5,11 +5,14 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <string>
 #include <tuple>
 #include <utility>
 
 #include "checks.h"
+#include "dispatch.h"
 #include "kernels.h"
+#include "launch.h"
 #include "libtorch_cuda.h"
 
 namespace qlora_engine::cuda {
@@ -144,6 +147,28 @@ std::pair<std::vector<int64_t>, int64_t> replace_last(const Tensor& x, int64_t l
   return {shape, rows};
 }
 
+LinearRoute route_of(const char* op, const Nf4Weight& weight, Dtype dtype, int64_t M, int64_t N, int64_t K) {
+  const LinearChoice choice = linear_choice();
+  STD_TORCH_CHECK(choice.path != LinearChoice::kUnknown, op, ": QLORA_ENGINE_LINEAR=", std::getenv("QLORA_ENGINE_LINEAR"),
+                  "; expected auto, fused, fused:TOKENS,PAIR,SPLITS (such as fused:64,1,4) or dequantize");
+  int count = 0;
+  check_launch(op, multiprocessors(&count));
+  const LinearRoute route = linear_route(weight, dtype, M, N, K, choice, count);
+  STD_TORCH_CHECK(route.path != LinearRoute::kDoesNotFit, op, ": QLORA_ENGINE_LINEAR=fused, but ",
+                  fused_available()
+                      ? "the fused kernel takes float16 or bfloat16, a blocksize of 64 or more that divides "
+                        "in_features, and a weight aligned to 16 bytes; use QLORA_ENGINE_LINEAR=auto"
+                      : "the fused kernel needs a GPU of compute capability 9.0 and a library compiled for it (9.0a "
+                        "in TORCH_CUDA_ARCH_LIST); use QLORA_ENGINE_LINEAR=auto");
+  return route;
+}
+
+// x contiguous, at an address that is a multiple of 16.
+Tensor aligned_rows(const Tensor& x) {
+  Tensor rows = torch::stable::contiguous(x);
+  return reinterpret_cast<uintptr_t>(rows.const_data_ptr()) % 16 == 0 ? rows : torch::stable::clone(rows);
+}
+
 Tensor linear_nf4_cuda(const Tensor& x, const Tensor& packed, const Tensor& absmax,
                        const OptionalTensor& nested_absmax, const OptionalTensor& nested_offset, int64_t blocksize,
                        int64_t out_features, const OptionalTensor& bias) {
@@ -157,15 +182,21 @@ Tensor linear_nf4_cuda(const Tensor& x, const Tensor& packed, const Tensor& absm
   const auto [shape, M] = replace_last(x, N);
   Tensor y = empty(x, shape, x.scalar_type());
   if (y.numel() == 0) return y;
-  if (M <= kFewRows && x.scalar_type() != ScalarType::Float) {
-    const Tensor rows = torch::stable::contiguous(x);
-    const Nf4Weight w = to_weight(weight);
-    const Dtype dtype = to_dtype(x.scalar_type());
-    if (few_rows_fit(w, dtype, rows.const_data_ptr(), M, N, K)) {
-      check_launch(op, linear_nf4_few_rows(rows.const_data_ptr(), w, bias ? bias->const_data_ptr() : nullptr, dtype,
-                                           y.mutable_data_ptr(), M, N, K, current_stream(x.get_device_index())));
-      return y;
+  const Nf4Weight w4 = to_weight(weight);
+  const Dtype dtype = to_dtype(x.scalar_type());
+  const LinearRoute route = route_of(op, w4, dtype, M, N, K);
+  if (route.path != LinearRoute::kDequantize) {
+    const Tensor rows = aligned_rows(x);
+    const void* bias_data = bias ? bias->const_data_ptr() : nullptr;
+    const cudaStream_t stream = current_stream(x.get_device_index());
+    if (route.path == LinearRoute::kFused) {
+      check_launch(op, linear_nf4_sm90(rows.const_data_ptr(), w4, bias_data, dtype, y.mutable_data_ptr(), M, N, K,
+                                       route.config, stream));
+    } else {
+      const auto launch = fused_available() ? linear_nf4_few_rows_sm90 : linear_nf4_few_rows;
+      check_launch(op, launch(rows.const_data_ptr(), w4, bias_data, dtype, y.mutable_data_ptr(), M, N, K, stream));
     }
+    return y;
   }
   const Tensor w = decoded(op, weight, x, {N, K}, x.scalar_type());
   matrix_product(torch::stable::view(y, {M, N}), torch::stable::reshape(x, {M, K}), torch::stable::transpose(w, 0, 1),
@@ -204,3 +235,23 @@ STABLE_TORCH_LIBRARY_IMPL(qlora_engine, CUDA, m) {
 }
 
 }  // namespace qlora_engine::cuda
+
+// The way linear_nf4 takes on the current device: route[0] = 0 few rows, 1 fused, 2 dequantize; route[1..3] the fused
+// configuration. Returns what is wrong, or nullptr; the words hold until the thread's next call.
+extern "C" __attribute__((visibility("default"))) const char* qlora_engine_linear_route(
+    int64_t M, int64_t N, int64_t K, int64_t blocksize, int dtype, int32_t route[4]) noexcept {
+  using namespace qlora_engine::cuda;
+  static thread_local std::string words;
+  try {
+    Nf4Weight weight{};
+    weight.numel = N * K;
+    weight.log2_blocksize = __builtin_ctzll(uint64_t(blocksize));
+    const LinearRoute found = route_of("linear_path", weight, Dtype(dtype), M, N, K);
+    route[0] = int32_t(found.path);
+    route[1] = found.config.tokens, route[2] = found.config.pair, route[3] = found.config.splits;
+    return nullptr;
+  } catch (const std::exception& error) {
+    words = error.what();
+    return words.c_str();
+  }
+}

@@ -49,13 +49,31 @@ cudaError_t dequantize_nf4(const Nf4Weight& weight, Dtype dtype, void* out, cuda
 cudaError_t dequantize_absmax(const uint8_t* codes, const float* nested_absmax, const float* nested_offset,
                               int64_t count, int64_t blocksize, float* out, cudaStream_t stream);
 
-// Whether linear_nf4_few_rows can take this product: up to kFewRows rows of 16-bit x, whole blocks of at least 64 in
-// every row of W, 16-byte alignment.
-constexpr int64_t kFewRows = 8;
-bool few_rows_fit(const Nf4Weight& weight, Dtype dtype, const void* x, int64_t M, int64_t N, int64_t K);
+// Whether the kernels below can take this product: 16-bit x, whole blocks of at least 64 in every row of W, 16-byte
+// alignment. They take up to so many rows.
+constexpr int64_t kFewRows = 8, kFewRowsSm90 = 16;
+bool few_rows_fit(const Nf4Weight& weight, Dtype dtype, const void* x, int64_t N, int64_t K);
 
 // x [M, K] contiguous -> y [M, N] = x @ W.T (+ bias [N], or nullptr), without a decoded copy of W.
 cudaError_t linear_nf4_few_rows(const void* x, const Nf4Weight& weight, const void* bias, Dtype dtype, void* y,
                                 int64_t M, int64_t N, int64_t K, cudaStream_t stream);
+cudaError_t linear_nf4_few_rows_sm90(const void* x, const Nf4Weight& weight, const void* bias, Dtype dtype, void* y,
+                                     int64_t M, int64_t N, int64_t K, cudaStream_t stream);
+
+// How the fused kernel of linear_sm90.cu cuts a product; see dispatch.h.
+struct FusedConfig {
+  int tokens, pair, splits;
+};
+
+// Whether the current device and this library have the fused kernel: compute capability 9.0, compiled for sm_90a.
+bool fused_available();
+
+// Whether the fused kernel takes this product: 16-bit x, whole blocks of at least 64 in every row of W, `packed`
+// aligned to 16 bytes. x must be aligned likewise, which the caller sees to.
+bool fused_fits(const Nf4Weight& weight, Dtype dtype, int64_t M, int64_t N, int64_t K);
+
+// As linear_nf4_few_rows, for any M.
+cudaError_t linear_nf4_sm90(const void* x, const Nf4Weight& weight, const void* bias, Dtype dtype, void* y, int64_t M,
+                            int64_t N, int64_t K, const FusedConfig& config, cudaStream_t stream);
 
 }  // namespace qlora_engine::cuda

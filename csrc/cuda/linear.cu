@@ -16,6 +16,7 @@
 // most 2^-9 in bfloat16), which costs as much accuracy as a decoded 16-bit weight's rounding.
 #include "decode.cuh"
 #include "launch.h"
+#include "pair_table.cuh"
 
 namespace qlora_engine::cuda {
 namespace {
@@ -25,45 +26,6 @@ constexpr int kColumns = 128;  // a chunk
 constexpr int kWarps = 8;
 constexpr int kStages = 4;
 constexpr int kResidentBlocks = 2;
-
-__device__ __forceinline__ void mma(__half, float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3,
-                                    uint32_t b0, uint32_t b1) {
-  asm volatile(
-      "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
-}
-__device__ __forceinline__ void mma(__nv_bfloat16, float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3,
-                                    uint32_t b0, uint32_t b1) {
-  asm volatile(
-      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
-}
-
-// Both levels of a packed byte as a pair of 16-bit numbers; the table of byte b for lane l is at 128 b + 4 l.
-class PairTable {
- public:
-  static constexpr int kBytes = 256 * 128;
-
-  template <typename T>
-  static __device__ __forceinline__ void fill(char* table) {
-    static_assert(kWarps * 32 == 256, "a thread writes one byte's pair, 32 times");
-    const int byte = threadIdx.x;
-    const uint32_t pair = pack_pair<T>(__ldg(kNf4Levels + byte / 16), __ldg(kNf4Levels + byte % 16));
-#pragma unroll
-    for (int i = 0; i < 8; ++i) {  // neighbouring threads start at neighbouring banks
-      *reinterpret_cast<uint4*>(table + byte * 128 + (i + byte) % 8 * 16) = make_uint4(pair, pair, pair, pair);
-    }
-  }
-
-  template <int kByte>
-  static __device__ __forceinline__ uint32_t pair(const char* table, uint32_t word, uint32_t lane_offset) {
-    constexpr int kRight = kByte * 8 - 7;  // the byte at bits 7 to 14: 128 bytes an entry
-    const uint32_t shifted = kRight >= 0 ? word >> (kRight >= 0 ? kRight : 0) : word << (kRight >= 0 ? 0 : -kRight);
-    return *reinterpret_cast<const uint32_t*>(table + ((shifted & 0x7F80u) | lane_offset));
-  }
-};
 
 // The sum over 16 columns of each lane (64 of the warp): four products of 16 columns.
 template <typename T>
@@ -131,7 +93,7 @@ __global__ void __launch_bounds__(kWarps * 32, kResidentBlocks)
 #pragma unroll
   for (int d = 0; d < kStages; ++d) load(stages[d]);
 
-  PairTable::fill<T>(table);
+  PairTable::fill<T, kWarps * 32>(table);
   if constexpr (kNested) {
     map[threadIdx.x] = __ldg(kDynamicMap + threadIdx.x);
     if (threadIdx.x == 0) map[256] = __ldg(weight.nested_offset);
@@ -232,12 +194,11 @@ bool aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
 
 }  // namespace
 
-bool few_rows_fit(const Nf4Weight& weight, Dtype dtype, const void* x, int64_t M, int64_t N, int64_t K) {
+bool few_rows_fit(const Nf4Weight& weight, Dtype dtype, const void* x, int64_t N, int64_t K) {
   const int64_t blocksize = int64_t(1) << weight.log2_blocksize;
   constexpr int64_t kMost = int64_t(1) << 30;  // rows and columns are counted in 32 bits, elements in 64
   if (N > kMost || K > kMost) return false;
-  return dtype != Dtype::kFloat32 && M <= kFewRows && blocksize >= 64 && K % blocksize == 0 && aligned(x) &&
-         aligned(weight.packed);
+  return dtype != Dtype::kFloat32 && blocksize >= 64 && K % blocksize == 0 && aligned(x) && aligned(weight.packed);
 }
 
 cudaError_t linear_nf4_few_rows(const void* x, const Nf4Weight& weight, const void* bias, Dtype dtype, void* y,

@@ -87,6 +87,9 @@ def as_text(report: dict) -> str:
     ]
     for index, device in enumerate(cuda["devices"]):
         lines.append(f"  GPU {index}       {device['name']}, {device['capability']}, {device['memory_gib']} GiB")
+        if device["linear"]:
+            ways = ", ".join(f"{way} at {rows}" for rows, way in device["linear"].items())
+            lines.append(f"    products  {ways} rows of x")
     lines.append(f"library       {'in use' if library['in_use'] else 'not in use: ' + library['why_not']}")
     if built:
         lines.append(f"  built for   {' and '.join(built)}{_of_architectures(build)}")
@@ -180,6 +183,19 @@ def _devices(torch) -> list[dict]:
                 "capability": f"sm_{facts.major}{facts.minor}",
                 "memory_gib": round(facts.total_memory / 2**30, 1),
                 "multiprocessors": facts.multi_processor_count,
+                "linear": _linear_paths(index),
             }
         )
     return found
+
+
+def _linear_paths(index: int) -> dict[int, str] | None:
+    """Which way bfloat16 products with a 4-bit weight of 4096 x 4096 take on a GPU, by rows of x."""
+    from qlora_engine.ops import backend
+    from qlora_engine.ops.linear import linear_path
+
+    if backend.implementation("linear_nf4", "cuda") != "compiled":
+        return None
+    import torch
+
+    return {rows: linear_path(rows, 4096, 4096, torch.bfloat16, device=index).name for rows in (1, 64, 1024, 8192)}

@@ -3,10 +3,11 @@
 from qlora_engine.ops import backend
 from qlora_engine.ops.adamw import adamw_step, gradient_norm
 from qlora_engine.ops.dequantize import dequantize_absmax, dequantize_nf4
-from qlora_engine.ops.linear import linear_nf4, linear_nf4_backward
+from qlora_engine.ops.linear import LinearPath, linear_nf4, linear_nf4_backward, linear_path
 from qlora_engine.ops.quantize import quantize_absmax, quantize_nf4, quantize_nf4_double, quantize_nf4_search
 
 __all__ = [
+    "LinearPath",
     "adamw_step",
     "backend",
     "dequantize_absmax",
@@ -14,6 +15,7 @@ __all__ = [
     "gradient_norm",
     "linear_nf4",
     "linear_nf4_backward",
+    "linear_path",
     "quantize_absmax",
     "quantize_nf4",
     "quantize_nf4_double",

@@ -1,8 +1,69 @@
 """`linear_nf4`: products with a 4-bit weight, and their gradient with respect to the input."""
 
+import ctypes
+from typing import NamedTuple
+
 import torch
 
-from qlora_engine.ops import backend, checks  # noqa: F401  (backend defines the operators)
+from qlora_engine.ops import backend, checks
+
+LINEAR_ENVIRONMENT_VARIABLE = "QLORA_ENGINE_LINEAR"
+_PATHS = ("few rows", "fused", "dequantize")
+_DTYPE_NUMBERS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+
+
+class LinearPath(NamedTuple):
+    """The way of a product: "few rows", "fused" or "dequantize", and the fused kernel's configuration (else zeros).
+
+    A thread block of the fused kernel takes 128 rows of W and `tokens` rows of x; `pair` blocks share x, or `splits`
+    blocks divide in_features among them.
+    """
+
+    name: str
+    tokens: int = 0
+    pair: int = 0
+    splits: int = 0
+
+
+def linear_path(
+    M: int,
+    N: int,
+    K: int,
+    dtype: torch.dtype,
+    blocksize: int = 64,
+    device: torch.device | str | int = "cuda",
+) -> LinearPath:
+    """Which way `linear_nf4` takes on a GPU for x `[M, K]` and W `[N, K]`, where all addresses are aligned.
+
+    "few rows" and "fused" read the packed weight alone; "dequantize" decodes it to `dtype` and calls cuBLAS. The
+    environment variable QLORA_ENGINE_LINEAR forces a way: auto (default), fused, fused:TOKENS,PAIR,SPLITS or
+    dequantize.
+
+    Args:
+        M: rows of x, the product of all its dimensions but the last.
+        N: out_features.
+        K: in_features.
+        dtype: of x: float16, bfloat16 or float32.
+        blocksize: of the weight.
+        device: a CUDA device.
+
+    Raises:
+        RuntimeError: where the CUDA operators are not compiled, QLORA_ENGINE_LINEAR has another value, or it asks for
+            the fused kernel where that does not fit.
+    """
+    checks.check_compute_dtype("linear_path", "dtype", dtype)
+    checks.check_blocksize("linear_path", blocksize)
+    if backend.implementation("linear_nf4", "cuda") != "compiled":
+        raise RuntimeError("linear_path: the CUDA operators are not compiled; see `qlora env`")
+    function = ctypes.CDLL(str(backend.library_path())).qlora_engine_linear_route
+    function.restype = ctypes.c_char_p
+    function.argtypes = [*[ctypes.c_int64] * 4, ctypes.c_int, ctypes.POINTER(ctypes.c_int32)]
+    route = (ctypes.c_int32 * 4)()
+    with torch.cuda.device(device):
+        error = function(M, N, K, blocksize, _DTYPE_NUMBERS[dtype], route)
+    if error:
+        raise RuntimeError(error.decode())
+    return LinearPath(_PATHS[route[0]], *route[1:])
 
 
 @torch.library.register_fake("qlora_engine::linear_nf4")

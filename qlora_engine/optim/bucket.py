@@ -33,6 +33,7 @@ class Bucket:
         self.members: list[Member] = []
         self.arena = Arena(device, budget, backend)
         self.steps = torch.zeros(0, device=device)
+        self._flat: list[torch.Tensor] = []  # every parameter's elements; made anew where a parameter's memory is
         # what the launches read; one for each operator, so that neither rewrites the other's
         self._tables: dict[str, tuple[tuple[int, int, int], list[torch.Tensor]]] = {}
 
@@ -50,7 +51,8 @@ class Bucket:
         """Every parameter's gradient as a flat contiguous tensor in the order of the parameter's memory."""
         found: list[torch.Tensor | None] = []
         for member in self.members:
-            param, grad = member.param, member.param.grad
+            param = member.param
+            grad = param.grad
             if grad is None:
                 found.append(None)
                 continue
@@ -60,8 +62,20 @@ class Bucket:
                 raise RuntimeError(
                     f"a gradient is {grad.dtype}, its parameter {param.dtype}; expected one dtype for both"
                 )
-            found.append(flat_view(grad, like=param).contiguous())
+            plain = grad.is_contiguous() and param.is_contiguous()
+            found.append(grad if plain else flat_view(grad, like=param).contiguous())
         return found
+
+    def _parameters(self) -> list[torch.Tensor]:
+        """Every parameter as a flat contiguous tensor that aliases it."""
+        known, members = self._flat, self.members
+        if len(known) != len(members):
+            self._flat = [flat_view(m.param.detach()) for m in members]
+            return self._flat
+        for i, (flat, member) in enumerate(zip(known, members, strict=True)):
+            if flat.data_ptr() != member.param.data_ptr():
+                known[i] = flat_view(member.param.detach())
+        return known
 
     def norm(self, grads: Sequence[torch.Tensor | None]) -> torch.Tensor:
         """The L2 norm of all gradients, float32 []."""
@@ -77,7 +91,7 @@ class Bucket:
     ) -> None:
         """One AdamW step; see `ops.adamw_step`."""
         ops.adamw_step(
-            [flat_view(m.param.detach()) for m in self.members],
+            self._parameters(),
             grads,
             self.steps,
             self.arena.slabs,

@@ -35,28 +35,36 @@ using std::min;
 
 namespace emulated {
 
-enum class Wait { kNone, kBlock, kWarp };
+enum class Wait { kNone, kBlock, kWarp, kNamed, kCluster, kSpin };
 
 struct Thread {
   ucontext_t context;
-  uint3 index;
+  uint3 index, block;
+  unsigned rank;  // of the block in its cluster
   Wait wait;
+  unsigned barrier, barrier_count;  // of kNamed
   bool done;
   size_t shared_used;
 };
 
-constexpr size_t kStack = 256 << 10, kSharedBytes = 64 << 10;
-constexpr unsigned kMaxThreads = 1024;
+// A block of a launch with `dynamic` bytes of shared memory besides the variables' 64 KB.
+constexpr size_t kStack = 256 << 10, kSharedBytes = 64 << 10, kSharedStride = 320 << 10;
+constexpr unsigned kMaxThreads = 4096, kMaxCluster = 8;
 
 inline Thread* current;
-inline uint3 block_index;
 inline dim3 block_size, grid_size;
 inline bool falling_order = false;
 inline char* shared_memory = nullptr;
 inline ucontext_t scheduler;
-inline std::vector<Thread> threads;
+inline std::vector<Thread> threads;  // of all blocks of a cluster
 inline std::function<void()> kernel;
 inline uint32_t exchange[kMaxThreads][8];
+inline uint64_t events = 0;  // anything that a waiting thread may wait for
+// Carries one thing out that was begun and has not happened yet; false where there is none.
+inline bool (*late)() = nullptr;
+
+inline unsigned slot() { return unsigned(current - threads.data()); }
+inline char* block_memory(unsigned rank) { return shared_memory + rank * kSharedStride; }
 
 inline void wait(Wait reason) {
   Thread* self = current;
@@ -67,79 +75,104 @@ inline void wait(Wait reason) {
 inline void thread_main() {
   kernel();
   current->done = true;
+  ++events;
   swapcontext(&current->context, &scheduler);
 }
 
 inline void run_thread(Thread& thread) {
+  if (thread.wait == Wait::kSpin) thread.wait = Wait::kNone;
   if (thread.done || thread.wait != Wait::kNone) return;
   current = &thread;
   swapcontext(&scheduler, &thread.context);
 }
 
-// Runs one warp as far as it gets without the others: until its threads have ended or wait for the block.
-inline void run_warp(size_t first) {
-  const size_t count = std::min<size_t>(32, threads.size() - first);
+// Runs one warp as far as it gets without the others: until its threads have ended or wait for others.
+inline void run_warp(size_t first, size_t block_end) {
+  const size_t count = std::min<size_t>(32, block_end - first);
   const auto begin = threads.begin() + first, end = begin + count;
   for (;;) {
     for (size_t i = 0; i < count; ++i) run_thread(threads[first + (falling_order ? count - 1 - i : i)]);
     if (!std::all_of(begin, end, [](const Thread& t) { return !t.done && t.wait == Wait::kWarp; })) return;
     std::for_each(begin, end, [](Thread& t) { t.wait = Wait::kNone; });
+    ++events;
   }
 }
 
-// Ends a barrier of the block; false where not all threads that are left have reached one.
-inline bool end_barrier() {
-  const auto done = [](const Thread& t) { return t.done; };
-  const auto arrived = [](const Thread& t) { return t.done || t.wait == Wait::kBlock; };
-  if (std::all_of(threads.begin(), threads.end(), done)) return false;
-  if (!std::all_of(threads.begin(), threads.end(), arrived)) return false;
-  for (Thread& t : threads) t.wait = Wait::kNone;
-  return true;
+// Ends a barrier that all threads of [begin, end) that are left have reached.
+inline void end_barrier(size_t begin, size_t end, Wait kind) {
+  bool any = false;
+  for (size_t i = begin; i < end; ++i) {
+    if (!threads[i].done && threads[i].wait != kind) return;
+    any |= !threads[i].done;
+  }
+  for (size_t i = begin; i < end; ++i) threads[i].wait = Wait::kNone;
+  events += any;
 }
 
-inline void run_block(char* stacks) {
-  memset(shared_memory, 0xFF, kSharedBytes);
+inline void end_named_barriers(size_t begin, size_t end) {
+  for (unsigned id = 1; id < 16; ++id) {
+    const auto here = [&](const Thread& t) { return !t.done && t.wait == Wait::kNamed && t.barrier == id; };
+    const size_t arrived = std::count_if(threads.begin() + begin, threads.begin() + end, here);
+    for (size_t i = begin; i < end && arrived > 0; ++i) {
+      if (here(threads[i]) && threads[i].barrier_count == arrived) threads[i].wait = Wait::kNone, ++events;
+    }
+  }
+}
+
+inline void run_cluster(char* stacks, unsigned first_block, unsigned blocks, size_t shared_bytes) {
+  const size_t size = block_size.x;
+  threads.assign(size * blocks, Thread{});
+  for (unsigned rank = 0; rank < blocks; ++rank) memset(block_memory(rank), 0xFF, shared_bytes);
   for (size_t i = 0; i < threads.size(); ++i) {
     Thread& t = threads[i];
-    t = Thread{};
-    t.index = make_uint3(unsigned(i), 0, 0);
+    t.index = make_uint3(unsigned(i % size), 0, 0);
+    t.rank = unsigned(i / size);
+    t.block = make_uint3(first_block + t.rank, 0, 0);
     t.shared_used = 1024;  // where sm_90 lets a block's own shared memory start
     getcontext(&t.context);
     t.context.uc_stack.ss_sp = stacks + i * kStack;
     t.context.uc_stack.ss_size = kStack;
     makecontext(&t.context, thread_main, 0);
   }
-  const size_t warps = (threads.size() + 31) / 32;
-  do {
-    for (size_t w = 0; w < warps; ++w) run_warp(32 * (falling_order ? warps - 1 - w : w));
-  } while (end_barrier());
+  const size_t warps = (size + 31) / 32;
+  for (;;) {
+    const uint64_t before = events;
+    for (size_t w = 0; w < warps * blocks; ++w) {
+      const size_t turn = falling_order ? warps * blocks - 1 - w : w, block = turn / warps;
+      run_warp(block * size + turn % warps * 32, (block + 1) * size);
+    }
+    for (unsigned rank = 0; rank < blocks; ++rank) {
+      end_barrier(rank * size, (rank + 1) * size, Wait::kBlock);
+      end_named_barriers(rank * size, (rank + 1) * size);
+    }
+    end_barrier(0, threads.size(), Wait::kCluster);
+    if (std::all_of(threads.begin(), threads.end(), [](const Thread& t) { return t.done; })) return;
+    if (events == before && !(late && late())) break;
+  }
   for (const Thread& t : threads) {
     if (!t.done) {
-      fprintf(stderr, "block %u: thread %u waits for ever\n", block_index.x, t.index.x);
+      fprintf(stderr, "block %u: thread %u waits for ever\n", t.block.x, t.index.x);
       abort();
     }
   }
 }
 
 template <typename Body>
-void launch(unsigned grid, unsigned block, Body body) {
+void launch(unsigned grid, unsigned block, Body body, unsigned cluster = 1, size_t dynamic = 0) {
   static char* stacks = nullptr;
   if (stacks == nullptr) {
     constexpr int kFlags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE;
     stacks = static_cast<char*>(mmap(nullptr, kStack * kMaxThreads, PROT_READ | PROT_WRITE, kFlags, -1, 0));
     // shared addresses have 32 bits
-    shared_memory =
-        static_cast<char*>(mmap(nullptr, kSharedBytes, PROT_READ | PROT_WRITE, kFlags | MAP_32BIT, -1, 0));
-    if (stacks == MAP_FAILED || shared_memory == MAP_FAILED || block > kMaxThreads) abort();
+    shared_memory = static_cast<char*>(
+        mmap(nullptr, kSharedStride * kMaxCluster, PROT_READ | PROT_WRITE, kFlags | MAP_32BIT, -1, 0));
+    if (stacks == MAP_FAILED || shared_memory == MAP_FAILED) abort();
   }
+  if (block * cluster > kMaxThreads || kSharedBytes + dynamic > kSharedStride || grid % cluster != 0) abort();
   grid_size = dim3(grid);
   block_size = dim3(block);
   kernel = body;
-  threads.resize(block);
-  for (unsigned b = 0; b < grid; ++b) {
-    block_index = make_uint3(b, 0, 0);
-    run_block(stacks);
-  }
+  for (unsigned b = 0; b < grid; b += cluster) run_cluster(stacks, b, cluster, kSharedBytes + dynamic);
 }
 
 // A shared variable: every thread meets the declarations in the same order.
@@ -148,13 +181,14 @@ T& shared(size_t alignment = alignof(T)) {
   const size_t at = (current->shared_used + alignment - 1) / alignment * alignment;
   current->shared_used = at + sizeof(T);
   if (current->shared_used > kSharedBytes) abort();
-  return *reinterpret_cast<T*>(shared_memory + at);
+  return *reinterpret_cast<T*>(block_memory(current->rank) + at);
 }
+inline char* dynamic_shared() { return block_memory(current->rank) + kSharedBytes; }
 
 template <typename T>
 T shuffle(T value, unsigned source) {
   static_assert(sizeof(T) == 4 || sizeof(T) == 8);
-  const unsigned i = current->index.x;
+  const unsigned i = slot();
   memcpy(exchange[i], &value, sizeof value);
   wait(Wait::kWarp);
   T result;
@@ -171,7 +205,7 @@ inline float to_float(__nv_bfloat16, uint32_t bits) {
 // mma.m16n8k16: fragments as in the PTX ISA's chapter on it.
 template <typename T>
 void mma_m16n8k16(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1) {
-  const unsigned i = current->index.x, lane = i % 32;
+  const unsigned i = slot(), lane = i % 32;
   auto* warp = exchange + i / 32 * 32;
   const uint32_t own[6] = {a0, a1, a2, a3, b0, b1};
   memcpy(exchange[i], own, sizeof own);
@@ -191,6 +225,17 @@ void mma_m16n8k16(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t
   memcpy(c, result, sizeof result);
 }
 
+// prmt.b32: bit 3 of a selector repeats the byte's sign.
+inline uint32_t permute(uint32_t x, uint32_t y, uint32_t selector) {
+  const uint64_t bytes = uint64_t(y) << 32 | x;
+  uint32_t r = 0;
+  for (int i = 0; i < 4; ++i) {
+    const uint32_t byte = uint32_t(bytes >> (selector >> 4 * i & 7) * 8 & 255);
+    r |= (selector >> 4 * i & 8 ? (byte & 128 ? 255u : 0u) : byte) << 8 * i;
+  }
+  return r;
+}
+
 inline float flush(float v) { return std::fpclassify(v) == FP_SUBNORMAL ? std::copysign(0.f, v) : v; }
 
 template <typename To, typename From>
@@ -204,10 +249,10 @@ To bits_as(From v) {
 }  // namespace emulated
 
 #define threadIdx (emulated::current->index)
-#define blockIdx (emulated::block_index)
-#define blockDim (emulated::block_size)
-#define gridDim (emulated::grid_size)
+#define blockIdx (emulated::current->block)
+inline dim3 &blockDim = emulated::block_size, &gridDim = emulated::grid_size;
 
+inline void __syncwarp() { emulated::wait(emulated::Wait::kWarp); }
 inline void __syncthreads() { emulated::wait(emulated::Wait::kBlock); }
 template <typename T>
 T __shfl_sync(unsigned, T v, int source) {
@@ -234,6 +279,9 @@ inline float __fdiv_rn(float a, float b) { return a / b; }
 inline float __fsub_rn(float a, float b) { return a - b; }
 inline uint32_t __funnelshift_r(uint32_t low, uint32_t high, uint32_t shift) {
   return uint32_t((uint64_t(high) << 32 | low) >> (shift & 31));
+}
+inline uint32_t __funnelshift_l(uint32_t low, uint32_t high, uint32_t shift) {
+  return uint32_t((uint64_t(high) << 32 | low) << (shift & 31) >> 32);
 }
 inline uint32_t __byte_perm(uint32_t x, uint32_t y, uint32_t selector) {
   const uint64_t bytes = uint64_t(y) << 32 | x;

@@ -3,8 +3,6 @@
 #include "cuda_on_cpu.h"
 #undef threadIdx
 #undef blockIdx
-#undef blockDim
-#undef gridDim
 #include "csrc/cuda/kernels.h"
 
 using namespace qlora_engine::cuda;
@@ -51,7 +49,7 @@ int run_dequantize_absmax(const uint8_t* codes, const float* nested_absmax, cons
 // -1 where the kernel does not take this product
 int run_linear_nf4(const void* x, const Nf4Weight* weight, const void* bias, int dtype, void* y, int64_t M, int64_t N,
                    int64_t K) {
-  if (!few_rows_fit(*weight, Dtype(dtype), x, M, N, K)) return -1;
+  if (M > kFewRows || !few_rows_fit(*weight, Dtype(dtype), x, N, K)) return -1;
   return linear_nf4_few_rows(x, *weight, bias, Dtype(dtype), y, M, N, K, nullptr);
 }
 

@@ -2,8 +2,6 @@
 #include "cuda_on_cpu.h"
 #undef threadIdx
 #undef blockIdx
-#undef blockDim
-#undef gridDim
 #include "csrc/cuda/adamw_kernels.h"
 
 using namespace qlora_engine::cuda;

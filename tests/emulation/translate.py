@@ -16,6 +16,13 @@ PTX = {
     "ld.shared.v2.b32": (
         "{{ const uint32_t* q = reinterpret_cast<const uint32_t*>(uintptr_t({0})); threshold = q[0]; below = q[1]; }}"
     ),
+    "prmt.b32": "r = emulated::permute(a, b, selector);",
+    "eight of prmt.b32": (  # decode_pairs of linear_sm90.cuh
+        "{{ using emulated::permute; const auto &l = table.low, &h = table.high; "
+        "const uint32_t low = permute(permute(l.x, l.y, index), permute(l.z, l.w, index), half), "
+        "high = permute(permute(h.x, h.y, index), permute(h.z, h.w, index), half); "
+        "first = permute(low, high, 0x4051), second = permute(low, high, 0x6273); }}"
+    ),
     "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32": (
         "emulated::mma_m16n8k16<__half>(c, a0, a1, a2, a3, b0, b1);"
     ),
@@ -27,7 +34,11 @@ PTX = {
 
 def _ptx(match: re.Match) -> str:
     statement = match[0]
+    if '("" :' in statement:
+        return ";"  # only keeps the compiler from reordering
     instruction = re.search(r'"([\w.:]+) ', statement)[1]
+    if instruction == "prmt.b32" and "%11" in statement:
+        instruction = "eight of prmt.b32"
     if instruction not in PTX:
         raise NotImplementedError(f"tests/emulation/translate.py does not know the PTX instruction {instruction}")
     operand = re.search(r':\s*"r"\((.*)\)\);$', statement, re.S)
@@ -42,6 +53,7 @@ def _shared(match: re.Match) -> str:
 def translate(text: str) -> str:
     """C++ of a .cu or .cuh file. Raises NotImplementedError for CUDA that is not emulated."""
     text = re.sub(r"asm(?: volatile)?\(.*?\);$", _ptx, text, flags=re.S | re.M)
+    text = re.sub(r"extern __shared__ char (\w+)\[\];", r"char* \1 = emulated::dynamic_shared();", text)
     text = re.sub(r"__shared__ (?:__align__\((\d+)\) )?([\w:<> ]+?) (\w+)((?:\[[^;]*\])+);", _shared, text)
     text = re.sub(
         r"(\w+(?:<[^;<>]*>)?)\s*<<<(.*?), (.*?), 0, stream>>>\((.*?)\);",
@@ -56,24 +68,49 @@ def translate(text: str) -> str:
     return text
 
 
-def write_sources(folder: Path) -> list[Path]:
-    """Writes the translated kernels, and what they include, below `folder`; returns the files to compile."""
+def write_sources(folder: Path, hopper: bool = False) -> list[Path]:
+    """Writes the translated kernels, and what they include, below `folder`; returns the files to compile.
+
+    hopper: only the fused products for Hopper, over hopper_on_cpu.h; else all the others.
+    """
     target = folder / "csrc" / "cuda"
     target.mkdir(parents=True)
     for header in CSRC.glob("*.h"):
         (target.parent / header.name).write_text(header.read_text())
     sources = []
     for source in sorted((CSRC / "cuda").iterdir()):
-        hopper = "sm90" in source.name or source.name == "wgmma.cuh"  # tile copies and wgmma are not emulated
-        own = Path(__file__).with_name(source.name)  # what the emulation has its own text for
-        if own.exists():
-            (target / source.name).write_text(own.read_text())
-        elif source.suffix in (".cu", ".cuh") and not hopper:
-            text = '#include "cuda_on_cpu.h"\n' + translate(source.read_text())
-            name = source.name.replace(".cu", ".cpp") if source.suffix == ".cu" else source.name
-            (target / name).write_text(text)
-            if source.suffix == ".cu":
-                sources.append(target / name)
-    for header in ("kernels.h", "launch.h", "adamw_kernels.h"):
-        (target / header).write_text((CSRC / "cuda" / header).read_text())
+        if source.suffix == ".h" and source.name != "libtorch_cuda.h":
+            (target / source.name).write_text(source.read_text())
+        elif source.suffix == ".cuh" and source.name not in ("sm90.cuh", "wgmma.cuh", "dependent_launch.cuh"):
+            (target / source.name).write_text('#include "cuda_on_cpu.h"\n' + translate(source.read_text()))
+        elif source.suffix == ".cu" and hopper == _for_hopper(source.name) and "few_rows_sm90" not in source.name:
+            path = target / source.with_suffix(".cpp").name
+            path.write_text('#include "cuda_on_cpu.h"\n' + translate(source.read_text()))
+            sources.append(path)
+    (target / "dependent_launch.cuh").write_text(Path(__file__).with_name("dependent_launch.cuh").read_text())
+    (target / "sm90.cuh").write_text('#include "decode.cuh"\n#include "hopper_on_cpu.h"\n')
+    maps = (CSRC / "cuda" / "tensor_map.h").read_text()
+    (target / "tensor_map.h").write_text(maps[: maps.index("inline cudaError_t encode(")] + ENCODE)
     return sources
+
+
+def _for_hopper(name: str) -> bool:
+    return "sm90" in name
+
+
+# What encode of tensor_map.h asks of the driver
+ENCODE = """
+inline cudaError_t encode(const TileMap& tile, CUtensorMap* map) {
+  const auto misaligned = [](uint64_t n) { return n % 16 != 0; };
+  if (misaligned(reinterpret_cast<uintptr_t>(tile.data)) || misaligned(tile.pitch)) return cudaErrorInvalidValue;
+  const uint32_t element = tile.type == CU_TENSOR_MAP_DATA_TYPE_UINT8 ? 1
+                           : tile.type == CU_TENSOR_MAP_DATA_TYPE_FLOAT32 ? 4 : 2;
+  if (tile.box_rows > 256 || tile.box_columns > 256) return cudaErrorInvalidValue;
+  *reinterpret_cast<emulated::Map*>(map) = {static_cast<char*>(const_cast<void*>(tile.data)),
+      tile.columns, tile.rows, tile.pitch, tile.box_columns, tile.box_rows, element,
+      tile.swizzled ? tile.box_columns * element : 0};
+  return cudaSuccess;
+}
+
+}  // namespace qlora_engine::cuda
+"""

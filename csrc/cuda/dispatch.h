@@ -1,0 +1,85 @@
+// Which way a product with a 4-bit weight goes, and in what configuration.
+#pragma once
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+
+#include "kernels.h"
+
+namespace qlora_engine::cuda {
+
+// A thread block of the fused kernel takes 128 rows of W and `tokens` rows of x; `pair` blocks share x, or `splits`
+// blocks divide K. Instances: tokens 16, 32, 64, 128 or 256; pair 1, or 2 with 256 tokens and one split; splits 1, 2,
+// 4 or 8.
+inline bool valid_config(const FusedConfig& c) {
+  const bool tokens = c.tokens >= 16 && c.tokens <= 256 && (c.tokens & (c.tokens - 1)) == 0;
+  const bool splits = c.splits >= 1 && c.splits <= 8 && (c.splits & (c.splits - 1)) == 0;
+  return tokens && splits && (c.pair == 1 || (c.pair == 2 && c.tokens == 256 && c.splits == 1));
+}
+
+// The fastest configurations measured on an H100 (132 multiprocessors), W 4096x4096, 14336x4096 and 4096x14336 (tiles
+// of 128 rows: 32, 112, 32), tokens,pair,splits:
+//   M         32       64       128      256      512      1024     2048
+//   4096²     32,1,2   64,1,2   64,1,2   128,1,2  256,1,2  256,1,1  256,1,1
+//   14336     32,1,1   64,1,1   128,1,1  256,1,1  256,1,1  256,1,1  256,1,1
+//   K 14336   32,1,8   64,1,8   64,1,2   128,1,2  256,1,2  256,1,1  256,1,1
+// In words: the least tile that holds M, but half of it where two thirds of the multiprocessors would stay without one;
+// K is divided where still less than that have one. Other shapes follow these; at 16 tiles or less K is cut in 8.
+inline FusedConfig choose_config(int64_t M, int64_t N, int64_t K, int multiprocessors) {
+  const int64_t row_tiles = (N + 127) / 128;
+  const auto tiles = [&](int tokens) { return (M + tokens - 1) / tokens * row_tiles; };
+  const int64_t enough = int64_t(multiprocessors) * 2 / 3;
+  int tokens = 16;
+  while (tokens < 256 && tokens < M) tokens *= 2;
+  if (M > 64 && M <= 256 && tiles(tokens) < enough) tokens /= 2;
+  if (tiles(tokens) >= enough) return {tokens, 1, 1};
+  return {tokens, 1, M <= 64 && (K >= 8192 || tiles(tokens) <= 16) ? 8 : 2};
+}
+
+// What QLORA_ENGINE_LINEAR asks for: auto (or unset), fused, fused:TOKENS,PAIR,SPLITS, or dequantize.
+struct LinearChoice {
+  enum Path { kAuto, kFused, kDequantize, kUnknown } path = kAuto;
+  bool has_config = false;
+  FusedConfig config{};
+};
+
+inline LinearChoice linear_choice() {
+  const char* text = std::getenv("QLORA_ENGINE_LINEAR");
+  LinearChoice choice;
+  if (text == nullptr || *text == 0 || std::strcmp(text, "auto") == 0) return choice;
+  choice.path = LinearChoice::kUnknown;
+  if (std::strcmp(text, "dequantize") == 0) choice.path = LinearChoice::kDequantize;
+  if (std::strcmp(text, "fused") == 0) choice.path = LinearChoice::kFused;
+  FusedConfig& c = choice.config;
+  int read = 0;
+  if (std::sscanf(text, "fused:%d,%d,%d%n", &c.tokens, &c.pair, &c.splits, &read) == 3 && text[read] == 0 &&
+      valid_config(c)) {
+    choice.path = LinearChoice::kFused;
+    choice.has_config = true;
+  }
+  return choice;
+}
+
+// Whether the fused kernel is faster than decoding W and cuBLAS: measured as above, it is up to 2048 rows (by 1.0 to
+// 2.5 times), and is not from 4096 on (0.94 to 0.99).
+constexpr int64_t kFusedRows = 2048;
+
+struct LinearRoute {
+  enum Path { kFewRows, kFused, kDequantize, kDoesNotFit } path;
+  FusedConfig config;  // of kFused
+};
+
+// The way of a product whose x is aligned to 16 bytes; kDoesNotFit where the fused kernel was asked for in vain.
+inline LinearRoute linear_route(const Nf4Weight& weight, Dtype dtype, int64_t M, int64_t N, int64_t K,
+                                const LinearChoice& choice, int multiprocessors) {
+  if (choice.path == LinearChoice::kDequantize) return {LinearRoute::kDequantize, {}};
+  const bool forced = choice.path == LinearChoice::kFused;
+  const int64_t few = fused_available() ? kFewRowsSm90 : kFewRows;
+  if (!forced && M <= few && few_rows_fit(weight, dtype, nullptr, N, K)) return {LinearRoute::kFewRows, {}};
+  if (!fused_fits(weight, dtype, M, N, K)) return {forced ? LinearRoute::kDoesNotFit : LinearRoute::kDequantize, {}};
+  if (!forced && M > kFusedRows) return {LinearRoute::kDequantize, {}};
+  return {LinearRoute::kFused, choice.has_config ? choice.config : choose_config(M, N, K, multiprocessors)};
+}
+
+}  // namespace qlora_engine::cuda

@@ -1,0 +1,116 @@
+"""The fused products for Hopper, their own text run on a CPU (see hopper_on_cpu.h)."""
+
+import ctypes
+import subprocess
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from qlora_engine import quantize
+from tests.emulation.test_cuda_kernels_on_cpu import COMPILER, DTYPES, HEADERS, HERE, Weight, needs_compiler, pointer
+from tests.emulation.translate import write_sources
+from tests.numerics import RELATIVE_RMS, assert_close
+
+pytestmark = needs_compiler
+BF16 = DTYPES.index(torch.bfloat16)
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("emulation_sm90")
+    library = folder / "kernels.so"
+    command = [
+        COMPILER,
+        "-std=c++20",
+        "-O2",
+        "-fPIC",
+        "-shared",
+        "-ffp-contract=off",
+        "-Wno-attributes",
+        "-Wno-psabi",
+    ]
+    command += ["-I", str(HERE), "-I", str(folder), "-isystem", str(HEADERS)]
+    command += [str(HERE / "entry_sm90.cpp"), *map(str, write_sources(folder, hopper=True)), "-o", str(library)]
+    subprocess.run(command, check=True)
+    return ctypes.CDLL(str(library))
+
+
+@pytest.fixture(params=["at once", "late copies", "late products"])
+def kernels(request, compiled):
+    """What is asynchronous happens at once or late, threads run in rising or in falling order."""
+    late_copies, late_products = request.param == "late copies", request.param == "late products"
+    compiled.run_at_once(ctypes.c_bool(not late_copies), ctypes.c_bool(not late_products))
+    compiled.run_threads_in_falling_order(ctypes.c_bool(late_copies))
+    return compiled
+
+
+def aligned(shape, dtype):
+    """Memory at a multiple of 16, poisoned, with room behind it."""
+    numel = torch.Size(shape).numel()
+    raw = torch.full((numel + 64,), float("nan"), dtype=dtype)
+    start = -raw.data_ptr() % 16 // raw.element_size()
+    return raw[start : start + numel].view(shape)
+
+
+def copy_aligned(tensor):
+    return aligned(tensor.shape, tensor.dtype).copy_(tensor)
+
+
+def fused(kernels, x, w4, config, bias=None):
+    M, (N, K) = x.shape[0], w4.shape
+    packed = torch.zeros(w4.packed.numel() + 64, dtype=torch.uint8)
+    start = -packed.data_ptr() % 16
+    packed = packed[start : start + w4.packed.numel()].copy_(w4.packed)
+    x, y = copy_aligned(x), aligned((M, N), x.dtype)
+    weight = Weight(N * K, packed, *w4.arguments[1:])
+    numbers = [ctypes.c_int64(n) for n in (M, N, K)] + [ctypes.c_int(n) for n in config]
+    error = kernels.run_linear_sm90(
+        pointer(x), ctypes.byref(weight), pointer(bias), ctypes.c_int(DTYPES.index(x.dtype)), pointer(y), *numbers
+    )
+    assert error == 0
+    return y
+
+
+def case(M, N, K, dtype=torch.bfloat16, blocksize=64, double_quant=True):
+    return torch.randn(M, K).to(dtype), quantize(torch.randn(N, K), blocksize, double_quant)
+
+
+@pytest.mark.parametrize("config", [(16, 1, 1), (64, 1, 1), (128, 1, 1), (256, 1, 1)])
+@pytest.mark.parametrize(("M", "N", "K"), [(9, 200, 320), (70, 136, 64)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_products(kernels, dtype, M, N, K, config):
+    x, w4 = case(M, N, K, dtype)
+    bias = torch.randn(N).to(dtype)
+    expected = x.double() @ w4.dequantize(dtype).double().T + bias.double()
+    assert_close("y", fused(kernels, x, w4, config, bias), expected, RELATIVE_RMS[dtype])
+
+
+@pytest.mark.parametrize("config", [(16, 1, 2), (32, 1, 8), (128, 1, 2), (256, 2, 1)])
+@pytest.mark.parametrize(("M", "N", "K"), [(33, 77, 704)])
+def test_clusters(kernels, M, N, K, config):
+    x, w4 = case(M, N, K)
+    expected = x.double() @ w4.dequantize(x.dtype).double().T
+    assert_close("y", fused(kernels, x, w4, config), expected, RELATIVE_RMS[x.dtype])
+
+
+@pytest.mark.parametrize("config", [(32, 1, 1), (256, 1, 1)])
+def test_more_tiles_than_blocks(kernels, config):
+    x, w4 = case(300 if config[0] == 256 else 70, 400, 128)
+    expected = x.double() @ w4.dequantize(x.dtype).double().T
+    assert_close("y", fused(kernels, x, w4, config), expected, RELATIVE_RMS[x.dtype])
+
+
+@pytest.mark.parametrize("double_quant", [True, False])
+@pytest.mark.parametrize("blocksize", [128, 512])
+def test_larger_blocks(kernels, blocksize, double_quant):
+    x, w4 = case(20, 130, 1024, blocksize=blocksize, double_quant=double_quant)
+    y = fused(kernels, x, w4, (32, 1, 1))
+    assert_close("y", y, F.linear(x.double(), w4.dequantize(x.dtype).double()), RELATIVE_RMS[x.dtype])
+
+
+def test_weights_are_decoded_as_dequantize_does(kernels):
+    _, w4 = case(1, 130, 128)
+    w4 = quantize(torch.randn(130, 128) * torch.logspace(-6, 1, 130).unsqueeze(1), 64)
+    eye = torch.eye(128, dtype=torch.bfloat16)
+    assert torch.equal(fused(kernels, eye, w4, (128, 1, 1)), w4.dequantize(torch.bfloat16).T)
