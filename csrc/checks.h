@@ -57,6 +57,13 @@ inline void check_tensor(const char* op, const char* name, const Tensor& t, Scal
                   " is on another device; move all tensors of the weight and the input to one device");
 }
 
+// What is to be quantized.
+inline void check_weight(const char* op, const Tensor& weight, int64_t blocksize) {
+  check_compute_dtype(op, "weight", weight.scalar_type());
+  check_blocksize(op, blocksize);
+  check_tensor(op, "weight", weight, weight.scalar_type(), weight.numel(), weight);
+}
+
 // A checked 4-bit weight: raw pointers, ready for a kernel. The tensors must outlive it.
 struct Nf4Pointers {
   const uint8_t* packed;

@@ -1,4 +1,5 @@
-// 8-bit codes of the optimizer's state: the nearest value of a dynamic map to a number that is scaled to [-1, 1].
+// 8-bit codes of the optimizer's state and of double-quantized scales: the nearest value of a dynamic map to a number
+// that is scaled to [-1, 1].
 //
 // Both maps have levels at decimal exponents 1e-6 ... 1: the signed one (dynamic_map.h) is zero, 1 and 127 levels of
 // either sign, the unsigned one zero, 1 and 254 levels. The search is the same for both: the upper 16 bits of a
@@ -58,14 +59,22 @@ inline constexpr int kCells = int(0x3f80 - kFirstCell) + 1;          // up to th
 inline constexpr int kMagnitudes = 129;                              // 0, 127 levels and 1: the signed map's
 inline constexpr int kSignedZero = 127;                              // code of 0 in the signed map
 
+// Which of two neighbouring levels stands for the number halfway between them: the one nearer to zero, or the one whose
+// code is even, counted from the lowest of the signed map (-1 is not in it, so that the code of 0 is odd).
+enum class Ties { kDown, kEven };
+
 // Cells and midpoints of a rising table of non-negative levels. The midpoint after the last level is out of reach.
 template <int kLevels>
 struct DynamicSearch {
   float midpoints[kLevels];
   uint8_t cells[(kCells + 3) / 4 * 4];
 
-  constexpr explicit DynamicSearch(const float* levels) : midpoints(), cells() {
-    for (int i = 0; i + 1 < kLevels; ++i) midpoints[i] = (levels[i] + levels[i + 1]) / 2.0f;
+  constexpr explicit DynamicSearch(const float* levels, Ties ties = Ties::kDown) : midpoints(), cells() {
+    for (int i = 0; i + 1 < kLevels; ++i) {
+      midpoints[i] = (levels[i] + levels[i + 1]) / 2.0f;
+      // one float lower, so that the midpoint itself lies above
+      if (ties == Ties::kEven && i % 2 == 0) midpoints[i] *= 1.0f - 0x1p-24f;
+    }
     midpoints[kLevels - 1] = 2.0f;
     int code = 0;
     float power = 1.0f / 8388608.0f;  // 2^-23
@@ -111,6 +120,15 @@ QLORA_HOST_DEVICE uint8_t signed_code(const DynamicTables& tables, float magnitu
 QLORA_HOST_DEVICE uint8_t unsigned_code(const DynamicTables& tables, float x, uint32_t bits) {
   const int level = nearest_level(tables.positive, x, bits);
   return uint8_t(level == 0 && x > 0.0f ? 1 : level);
+}
+
+// Code of a double-quantized scale as bitsandbytes' CUDA kernels find it, by a binary search in the signed map; 0 for
+// NaN. `search` is that of the signed map's magnitudes with Ties::kEven.
+QLORA_HOST_DEVICE uint8_t scale_code(const DynamicSearch<kMagnitudes>& search, float x, uint32_t bits) {
+  if (x != x) return 0;
+  const bool negative = x < 0.0f;
+  const int level = nearest_level(search, negative ? -x : x, bits & 0x7fffffffu);
+  return uint8_t(negative ? kSignedZero - (level < kSignedZero ? level : kSignedZero) : kSignedZero + level);
 }
 
 }  // namespace qlora_engine

@@ -113,12 +113,13 @@ inline float absolute_maximum(const void* weight, int64_t i, int64_t end) {
   return value;
 }
 
+// `ragged`: a block that is not whole, the last; `divide`: by the scale, instead of multiplying by its reciprocal.
 template <Element E>
-inline void quantize_block(const void* weight, int64_t begin, int64_t end, float scale, bool divide, uint8_t* packed) {
-  const F factor = simd::broadcast(scale);
+inline void quantize_block(const void* weight, int64_t begin, int64_t end, float scale, bool ragged, bool divide,
+                           uint8_t* packed) {
+  const F factor = simd::broadcast(scale), reciprocal = 1.0f / factor;
   int64_t i = begin;
-  if (!divide) {
-    const F reciprocal = 1.0f / factor;
+  if (!ragged) {
     for (; i + 2 * W <= end; i += 2 * W) {
       simd::store_codes(packed + i / 2, simd::nearest_levels(load_as_float<E>(weight, i) * reciprocal));
       simd::store_codes(packed + (i + W) / 2, simd::nearest_levels(load_as_float<E>(weight, i + W) * reciprocal));
@@ -128,7 +129,8 @@ inline void quantize_block(const void* weight, int64_t begin, int64_t end, float
   for (; i < end; i += W) {
     const int n = end - i < W ? (int)(end - i) : W;
     uint8_t bytes[W / 2];
-    simd::store_codes(bytes, simd::nearest_levels(load_some<E>(weight, i, n) / factor));
+    const F v = load_some<E>(weight, i, n);
+    simd::store_codes(bytes, simd::nearest_levels(divide ? v / factor : v * reciprocal));
     if (n & 1) bytes[n / 2] = (uint8_t)((bytes[n / 2] & 0xf0) | kCodeOfZero);
     for (int j = 0; j < (n + 1) / 2; ++j) packed[i / 2 + j] = bytes[j];
   }
@@ -144,7 +146,7 @@ inline void quantize_blocks(const void* weight, int64_t numel, int64_t blocksize
     // bitsandbytes multiplies by the reciprocal, but divides in a short last block, whose bounded scale it also keeps
     const float bounded = largest < kSmallestAbsmax ? kSmallestAbsmax : largest;
     absmax[block] = ragged ? bounded : largest;
-    quantize_block<E>(weight, begin, end, bounded, ragged, packed);
+    quantize_block<E>(weight, begin, end, bounded, ragged, ragged, packed);
   }
 }
 

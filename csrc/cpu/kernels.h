@@ -1,7 +1,7 @@
 // The inner loops of the CPU operators, compiled once for each instruction set and chosen at run time.
 //
 // kernels_{avx512bf16,avx512,avx2,baseline}.cpp compile the same text (codec_kernels.h,
-// linear_kernels.h) over three sets of vector primitives (simd_*.h) and each fill one table. Nothing here
+// search_kernels.h, linear_kernels.h) over three sets of vector primitives (simd_*.h) and each fill one table. Nothing here
 // knows torch: an instruction-set file must not instantiate inline functions of other headers, because the
 // linker may keep that copy for callers on machines that lack the instructions.
 #pragma once
@@ -30,6 +30,10 @@ struct Kernels {
   // Blocks [first, last) of a flat weight. The byte that an odd numel leaves half empty gets the code of zero.
   void (*quantize)(const void* weight, Element element, int64_t numel, int64_t blocksize, int64_t first,
                    int64_t last, uint8_t* packed, float* absmax);
+
+  // The same with scales that are searched for (csrc/scale_search.h), of either sign with signed_scales.
+  void (*quantize_search)(const void* weight, Element element, int64_t numel, int64_t blocksize, int64_t first,
+                          int64_t last, bool signed_scales, uint8_t* packed, float* absmax);
 
   // Elements [first, last) to out[0 ...]. `stream` writes around the caches.
   void (*dequantize)(const Nf4View& weight, int64_t first, int64_t last, void* out, Element element, bool stream);

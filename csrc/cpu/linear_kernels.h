@@ -11,7 +11,7 @@
 //
 // Decoding is one part in M/16 of the multiply-adds, so from M = 64 on the multipliers bound it.
 #pragma once
-#include "codec_kernels.h"
+#include "search_kernels.h"
 
 namespace {
 
@@ -293,6 +293,6 @@ constexpr bool kHasBf16Dot = false;
 
 #define QLORA_KERNELS(NAME)                                                                             \
   {                                                                                                     \
-    NAME, quantize, dequantize, widen, dot, combine, kHasBf16Dot, kPanel, simd::kTileRows, pack_a,      \
-        pack_b_transposed, pack_b, tile, store_row                                                      \
+    NAME, quantize, quantize_search, dequantize, widen, dot, combine, kHasBf16Dot, kPanel,                \
+        simd::kTileRows, pack_a, pack_b_transposed, pack_b, tile, store_row                             \
   }

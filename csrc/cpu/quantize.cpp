@@ -1,7 +1,10 @@
-// quantize_nf4 and quantize_absmax on a CPU: checks, allocation, and blocks shared out to the cores.
+// quantize_nf4, quantize_nf4_search, quantize_absmax and quantize_nf4_double on a CPU: checks, allocation, and blocks
+// shared out to the cores.
 #include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <tuple>
 #include <vector>
@@ -14,11 +17,11 @@ namespace {
 
 constexpr int64_t kGrain = 1 << 16;  // elements: about 10 us of work
 
-std::tuple<Tensor, Tensor> quantize_nf4(const Tensor& weight, int64_t blocksize) {
-  const char* op = "quantize_nf4";
-  check_compute_dtype(op, "weight", weight.scalar_type());
-  check_blocksize(op, blocksize);
-  check_tensor(op, "weight", weight, weight.scalar_type(), weight.numel(), weight);
+// run(weight, element, numel, blocksize, first, last, packed, absmax) quantizes blocks [first, last).
+template <typename Run>
+std::tuple<Tensor, Tensor> quantize_blocks(const char* op, const Tensor& weight, int64_t blocksize, int64_t grain,
+                                           Run run) {
+  check_weight(op, weight, blocksize);
   const int64_t numel = weight.numel(), blocks = ceil_div(numel, blocksize);
   Tensor packed = torch::stable::new_empty(weight, {ceil_div(numel, 2)}, ScalarType::Byte);
   Tensor absmax = torch::stable::new_empty(weight, {blocks}, ScalarType::Float);
@@ -26,11 +29,23 @@ std::tuple<Tensor, Tensor> quantize_nf4(const Tensor& weight, int64_t blocksize)
   auto* codes = static_cast<uint8_t*>(packed.mutable_data_ptr());
   auto* scales = static_cast<float*>(absmax.mutable_data_ptr());
   const Element element = element_of(weight.scalar_type());
-  const auto run = kernels().quantize;
-  torch::stable::parallel_for(0, blocks, std::max<int64_t>(1, kGrain / blocksize), [&](int64_t first, int64_t last) {
+  torch::stable::parallel_for(0, blocks, std::max<int64_t>(1, grain / blocksize), [&](int64_t first, int64_t last) {
     run(in, element, numel, blocksize, first, last, codes, scales);
   });
   return {packed, absmax};
+}
+
+std::tuple<Tensor, Tensor> quantize_nf4(const Tensor& weight, int64_t blocksize) {
+  return quantize_blocks("quantize_nf4", weight, blocksize, kGrain, kernels().quantize);
+}
+
+std::tuple<Tensor, Tensor> quantize_nf4_search(const Tensor& weight, int64_t blocksize, bool signed_scales) {
+  const auto search = kernels().quantize_search;
+  return quantize_blocks("quantize_nf4_search", weight, blocksize, kGrain / 32,
+                         [&](const void* in, Element element, int64_t numel, int64_t size, int64_t first, int64_t last,
+                             uint8_t* packed, float* absmax) {
+                           search(in, element, numel, size, first, last, signed_scales, packed, absmax);
+                         });
 }
 
 // The nearest value of the dynamic map for each of 65,536 steps of [-1, 1]: the grid that bitsandbytes' CPU backend
@@ -85,10 +100,27 @@ std::tuple<Tensor, Tensor> quantize_absmax(const Tensor& absmax, const Tensor& o
   return {quantized, nested};
 }
 
+// torch's own mean: bitsandbytes' CPU backend calls it too.
+Tensor mean(const Tensor& absmax) {
+  std::array<StableIValue, 2> stack{torch::stable::detail::from(absmax), torch::stable::detail::from(std::nullopt)};
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mean", "", stack.data(), TORCH_ABI_VERSION));
+  return torch::stable::detail::to<Tensor>(stack[0]);
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> quantize_nf4_double(const Tensor& weight, int64_t blocksize) {
+  const auto [packed, absmax] =
+      quantize_blocks("quantize_nf4_double", weight, blocksize, kGrain, kernels().quantize);
+  const Tensor offset = absmax.numel() > 0 ? mean(absmax) : torch::stable::new_zeros(absmax, {});
+  const auto [codes, nested] = quantize_absmax(absmax, offset, kNestedBlocksize);
+  return {packed, codes, nested, offset};
+}
+
 }  // namespace
 }  // namespace qlora_engine::cpu
 
 STABLE_TORCH_LIBRARY_IMPL(qlora_engine, CPU, m) {
   m.impl("quantize_nf4", TORCH_BOX(&qlora_engine::cpu::quantize_nf4));
+  m.impl("quantize_nf4_search", TORCH_BOX(&qlora_engine::cpu::quantize_nf4_search));
+  m.impl("quantize_nf4_double", TORCH_BOX(&qlora_engine::cpu::quantize_nf4_double));
   m.impl("quantize_absmax", TORCH_BOX(&qlora_engine::cpu::quantize_absmax));
 }

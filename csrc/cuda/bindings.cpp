@@ -36,9 +36,7 @@ Tensor empty(const Tensor& like, const std::vector<int64_t>& shape, ScalarType d
 
 std::tuple<Tensor, Tensor> quantize_nf4_cuda(const Tensor& weight, int64_t blocksize) {
   const char* op = "quantize_nf4";
-  check_compute_dtype(op, "weight", weight.scalar_type());
-  check_blocksize(op, blocksize);
-  check_tensor(op, "weight", weight, weight.scalar_type(), weight.numel(), weight);
+  check_weight(op, weight, blocksize);
   const DeviceGuard guard(weight.get_device_index());
   const int64_t n = weight.numel();
   Tensor packed = empty(weight, {ceil_div(n, 2)}, ScalarType::Byte);
@@ -48,6 +46,42 @@ std::tuple<Tensor, Tensor> quantize_nf4_cuda(const Tensor& weight, int64_t block
                                 static_cast<float*>(absmax.mutable_data_ptr()),
                                 current_stream(weight.get_device_index())));
   return {packed, absmax};
+}
+
+std::tuple<Tensor, Tensor> quantize_nf4_search_cuda(const Tensor& weight, int64_t blocksize, bool signed_scales) {
+  const char* op = "quantize_nf4_search";
+  check_weight(op, weight, blocksize);
+  const DeviceGuard guard(weight.get_device_index());
+  const int64_t n = weight.numel();
+  Tensor packed = empty(weight, {ceil_div(n, 2)}, ScalarType::Byte);
+  Tensor absmax = empty(weight, {ceil_div(n, blocksize)}, ScalarType::Float);
+  check_launch(op, quantize_nf4_search(weight.const_data_ptr(), to_dtype(weight.scalar_type()), n, blocksize,
+                                       signed_scales, static_cast<uint8_t*>(packed.mutable_data_ptr()),
+                                       static_cast<float*>(absmax.mutable_data_ptr()),
+                                       current_stream(weight.get_device_index())));
+  return {packed, absmax};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> quantize_nf4_double_cuda(const Tensor& weight, int64_t blocksize) {
+  const char* op = "quantize_nf4_double";
+  check_weight(op, weight, blocksize);
+  const DeviceGuard guard(weight.get_device_index());
+  const int64_t n = weight.numel(), blocks = ceil_div(n, blocksize);
+  Tensor packed = empty(weight, {ceil_div(n, 2)}, ScalarType::Byte);
+  Tensor codes = empty(weight, {blocks}, ScalarType::Byte);
+  Tensor nested = empty(weight, {ceil_div(blocks, kNestedBlocksize)}, ScalarType::Float);
+  Tensor offset = empty(weight, {}, ScalarType::Float);
+  const Tensor absmax = empty(weight, {blocks}, weight.scalar_type());
+  const Tensor sums = empty(weight, {kMaxScaleSums}, ScalarType::Double);
+  check_launch(op, quantize_nf4_double(weight.const_data_ptr(), to_dtype(weight.scalar_type()), n, blocksize,
+                                       static_cast<uint8_t*>(packed.mutable_data_ptr()),
+                                       static_cast<uint8_t*>(codes.mutable_data_ptr()),
+                                       static_cast<float*>(nested.mutable_data_ptr()),
+                                       static_cast<float*>(offset.mutable_data_ptr()),
+                                       absmax.mutable_data_ptr(),
+                                       static_cast<double*>(sums.mutable_data_ptr()),
+                                       current_stream(weight.get_device_index())));
+  return {packed, codes, nested, offset};
 }
 
 std::tuple<Tensor, Tensor> quantize_absmax_cuda(const Tensor& absmax, const Tensor& offset, int64_t blocksize) {
@@ -234,6 +268,8 @@ Tensor linear_nf4_backward_cuda(const Tensor& grad, const Tensor& packed, const 
 
 STABLE_TORCH_LIBRARY_IMPL(qlora_engine, CUDA, m) {
   m.impl("quantize_nf4", TORCH_BOX(&quantize_nf4_cuda));
+  m.impl("quantize_nf4_search", TORCH_BOX(&quantize_nf4_search_cuda));
+  m.impl("quantize_nf4_double", TORCH_BOX(&quantize_nf4_double_cuda));
   m.impl("quantize_absmax", TORCH_BOX(&quantize_absmax_cuda));
   m.impl("dequantize_nf4", TORCH_BOX(&dequantize_nf4_cuda));
   m.impl("dequantize_absmax", TORCH_BOX(&dequantize_absmax_cuda));

@@ -25,6 +25,22 @@ struct Nf4Weight {
 cudaError_t quantize_nf4(const void* weight, Dtype dtype, int64_t numel, int64_t blocksize, uint8_t* packed,
                          float* absmax, cudaStream_t stream);
 
+// quantize_nf4 and then quantize_summed_absmax: codes of the scales, their nested absmax, and their mean, `offset`.
+// absmax [blocks] and sums [kMaxScaleSums] are scratch, absmax in the weight's dtype, which holds its largest
+// magnitudes exactly; outputs and scratch are aligned to 16 bytes. The offset of no scales is zero.
+constexpr int kMaxScaleSums = 512;
+cudaError_t quantize_nf4_double(const void* weight, Dtype dtype, int64_t numel, int64_t blocksize, uint8_t* packed,
+                                uint8_t* codes, float* nested_absmax, float* offset, void* absmax, double* sums,
+                                cudaStream_t stream);
+
+// The second kernel of quantize_nf4_double, for the first kernel's absmax and the sums of its `parts` thread blocks.
+cudaError_t quantize_summed_absmax(const void* absmax, Dtype dtype, const double* sums, int parts, int64_t count,
+                                   uint8_t* codes, float* nested_absmax, float* offset, cudaStream_t stream);
+
+// Scales that make the squared error small (csrc/scale_search.h); of either sign with signed_scales.
+cudaError_t quantize_nf4_search(const void* weight, Dtype dtype, int64_t numel, int64_t blocksize, bool signed_scales,
+                                uint8_t* packed, float* absmax, cudaStream_t stream);
+
 cudaError_t quantize_absmax(const float* absmax, const float* offset, int64_t count, int64_t blocksize,
                             uint8_t* codes, float* nested_absmax, cudaStream_t stream);
 

@@ -40,10 +40,16 @@ def add_model_flags(parser: argparse.ArgumentParser, adapter: bool) -> None:
 
 
 def add_quantization_flags(parser: argparse.ArgumentParser) -> None:
-    """--blocksize and --double-quant, for models that are not quantized yet."""
+    """--blocksize, --double-quant and --scales, for models that are not quantized yet."""
     parser.add_argument("--blocksize", type=int, default=64, metavar="N", help="elements that share one scale")
     parser.add_argument(
         "--double-quant", action=argparse.BooleanOptionalAction, default=True, help="quantize the scales as well"
+    )
+    parser.add_argument(
+        "--scales",
+        default="absmax",
+        choices=("absmax", "search", "signed"),
+        help="how scales are found: search leaves a lower error; signed a lower one still, with --no-double-quant",
     )
 
 
@@ -87,7 +93,9 @@ def load_for_use(args: argparse.Namespace):
 
     blocksize, double_quant = getattr(args, "blocksize", 64), getattr(args, "double_quant", True)
     with as_usage_error():
-        config = QLoRAConfig(r=0, blocksize=blocksize, double_quant=double_quant)
+        config = QLoRAConfig(
+            r=0, blocksize=blocksize, double_quant=double_quant, scales=getattr(args, "scales", "absmax")
+        )
     device = choose_device(args.device)
     dtype = choose_dtype(args.dtype, device)
     folder = resolve_model(args.model)

@@ -156,7 +156,7 @@ def load_quantized(
     for path, options in modules.items():
         replace_module(model, path, _empty_layer(model, path, **options), places)
     with torch.no_grad():
-        _fill(model, shards, sources, device, dtype, progress)
+        _fill(model, shards, sources, device, dtype, config.scales, progress)
     if device is not None:
         model.to(device)  # the buffers that no file holds
     target_dtype = dtype or next((p.dtype for p in model.parameters() if p.is_floating_point()), None)
@@ -263,7 +263,9 @@ def _empty_layer(model: nn.Module, path: str, blocksize: int, double_quant: bool
     return new.train(old.training)
 
 
-def _fill(model: nn.Module, shards: Shards, sources, device, dtype: torch.dtype | None, progress: bool) -> None:
+def _fill(
+    model: nn.Module, shards: Shards, sources, device, dtype: torch.dtype | None, scales: str, progress: bool
+) -> None:
     """Puts every tensor of the files into the model; quantizes where a 4-bit layer gets a floating weight.
 
     A layer that was tied to another (`sources`) may have no tensor of its own in the files: it gets the other's.
@@ -279,13 +281,13 @@ def _fill(model: nn.Module, shards: Shards, sources, device, dtype: torch.dtype 
             if own not in expected:
                 unexpected.append(name)
             else:
-                _assign(model, own, tensor, device, dtype)
+                _assign(model, own, tensor, device, dtype, scales)
                 filled.add(own)
             bar.update(tensor.nbytes)
     model.tie_weights()
     for path, source in sources.items():
         if source in filled and f"{path}.weight" not in filled:
-            _assign(model, f"{path}.weight", model.get_parameter(source), device, dtype)
+            _assign(model, f"{path}.weight", model.get_parameter(source), device, dtype, scales)
     empty = [n for n, t in model.state_dict().items() if t.is_meta]
     ignored = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or []
     unexpected = [n for n in unexpected if not _is_ignored(n, ignored)]
@@ -336,14 +338,16 @@ def _named_tensors(shards: Shards) -> Iterator[tuple[str, torch.Tensor]]:
         yield from shards.tensors_of(file)
 
 
-def _assign(model: nn.Module, name: str, tensor: torch.Tensor, device, dtype: torch.dtype | None) -> None:
+def _assign(
+    model: nn.Module, name: str, tensor: torch.Tensor, device, dtype: torch.dtype | None, scales: str
+) -> None:
     path, _, leaf = name.rpartition(".")
     module = model.get_submodule(path)
     tensor = tensor if device is None else tensor.to(device)
     if isinstance(module, NF4Linear) and leaf == "weight" and tensor.is_floating_point():
         tensor = tensor.T.contiguous() if module.fan_in_fan_out else tensor
         _check_shape(name, tensor, (module.out_features, module.in_features))
-        module.set_nf4_weight(quantize(tensor, module.blocksize, module.double_quant))
+        module.set_nf4_weight(quantize(tensor, module.blocksize, module.double_quant, scales))
         return
     target = module._parameters.get(leaf)
     is_parameter = target is not None

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from qlora_engine.nn.qlora_linear import DEFAULT_ADAPTER, LoRASettings
+from qlora_engine.quantization.weight import check_scales
 
 ALL_LINEAR = "all-linear"
 
@@ -37,6 +38,8 @@ class QLoRAConfig:
             such as a new classification head.
         blocksize: elements of a weight that share a scale; a power of two from 32 to 4096.
         double_quant: whether the scales are stored in 8 bits.
+        scales: how they are found: "absmax", "search" (a lower error at the same size), or "signed" (lower still,
+            with `double_quant=False` alone); see `qlora_engine.quantize`.
         rslora: scale by alpha / sqrt(r) instead.
         rank_pattern, alpha_pattern: pattern -> rank or alpha of the layers that it matches; the first match wins;
             rank 0 leaves a layer without an adapter.
@@ -58,6 +61,7 @@ class QLoRAConfig:
     modules_to_save: str | Sequence[str] = ()
     blocksize: int = 64
     double_quant: bool = True
+    scales: str = "absmax"
     rslora: bool = False
     rank_pattern: Mapping[str, int] = dataclasses.field(default_factory=dict)
     alpha_pattern: Mapping[str, float] = dataclasses.field(default_factory=dict)
@@ -71,6 +75,7 @@ class QLoRAConfig:
         LoRASettings(max(self.r, 1), self.alpha, self.dropout, self.rslora)
         if self.blocksize < 32 or self.blocksize > 4096 or self.blocksize & (self.blocksize - 1):
             raise ValueError(f"blocksize is {self.blocksize}; expected a power of two from 32 to 4096")
+        check_scales(self.scales, self.double_quant)
         for field in ("target_modules", "exclude_modules", "modules_to_save", "skip_modules"):
             value = getattr(self, field)
             if isinstance(value, str):

@@ -55,7 +55,11 @@ def prepare(
         if not isinstance(layer, NF4Linear):
             untie(model, path)
             new = NF4Linear.from_linear(
-                layer, blocksize=config.blocksize, double_quant=config.double_quant, device=device
+                layer,
+                blocksize=config.blocksize,
+                double_quant=config.double_quant,
+                scales=config.scales,
+                device=device,
             )
             replace_module(model, path, new, places)
     if device is not None:

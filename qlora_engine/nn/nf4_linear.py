@@ -74,6 +74,7 @@ class NF4Linear(nn.Linear):
         *,
         blocksize: int = 64,
         double_quant: bool = True,
+        scales: str = "absmax",
         device: torch.device | str | None = None,
         **options,
     ):
@@ -84,12 +85,13 @@ class NF4Linear(nn.Linear):
                 free even while something still refers to the layer. The bias moves over as it is.
             blocksize: elements of the weight that share a scale.
             double_quant: whether the scales are stored in 8 bits.
+            scales: how they are found: "absmax", "search" or "signed", as in `qlora_engine.quantize`.
             device: where to quantize and keep the weight; default: where it is.
             options: passed on to the class's own constructor.
 
         Raises:
             TypeError: for another kind of module.
-            ValueError: where the weight has already been released.
+            ValueError: where the weight has already been released, or there are no such scales.
         """
         transposed = is_transposed_linear(linear) if getattr(linear, "weight", None) is not None else False
         if not transposed and (not isinstance(linear, nn.Linear) or isinstance(linear, NF4Linear)):
@@ -98,7 +100,7 @@ class NF4Linear(nn.Linear):
             raise ValueError("this layer's weight was released when it was quantized before")
         weight = linear.weight.detach()
         weight = weight.T.contiguous() if transposed else weight
-        w4 = quantize(weight if device is None else weight.to(device), blocksize, double_quant)
+        w4 = quantize(weight if device is None else weight.to(device), blocksize, double_quant, scales)
         module = cls.from_weight(w4, linear.bias, fan_in_fan_out=transposed, **options)
         module.train(linear.training)
         linear.register_parameter("weight", None)

@@ -63,6 +63,7 @@ class QLoRALinear(NF4Linear):
         rslora: scale by alpha / sqrt(r).
         adapter_dtype: dtype of A and B.
         blocksize, double_quant, device, dtype: as in `NF4Linear`.
+        scales: how the scales of its first weight are found, as in `NF4Linear.from_linear`.
 
     The constructor initialises the weight as `nn.Linear` does and quantizes it, unless the device is "meta".
 
@@ -86,6 +87,7 @@ class QLoRALinear(NF4Linear):
         adapter_dtype: torch.dtype = torch.float32,
         blocksize: int = 64,
         double_quant: bool = True,
+        scales: str = "absmax",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
@@ -105,7 +107,7 @@ class QLoRALinear(NF4Linear):
         self.group = None  # nn.grouped.SharedInput, where other layers read the same input
         if self.weight.device.type != "meta":
             linear = nn.Linear(in_features, out_features, bias, device=device, dtype=dtype)
-            self.set_nf4_weight(quantize(linear.weight.detach(), blocksize, double_quant))
+            self.set_nf4_weight(quantize(linear.weight.detach(), blocksize, double_quant, scales))
             if bias:
                 self.bias = nn.Parameter(linear.bias.detach(), requires_grad=False)
         if r:
@@ -123,6 +125,7 @@ class QLoRALinear(NF4Linear):
         adapter_dtype: torch.dtype = torch.float32,
         blocksize: int = 64,
         double_quant: bool = True,
+        scales: str = "absmax",
         device: torch.device | str | None = None,
     ) -> "QLoRALinear":
         """Quantizes a linear layer and adds an adapter; its 16-bit weight is released.
@@ -130,11 +133,13 @@ class QLoRALinear(NF4Linear):
         Args:
             linear: `nn.Linear`, or transformers' `Conv1D`; afterwards its `weight` is None.
             r, alpha, dropout, rslora, adapter_dtype: the adapter "default"; r=0 adds none.
-            blocksize, double_quant, device: as in `NF4Linear.from_linear`.
+            blocksize, double_quant, scales, device: as in `NF4Linear.from_linear`.
 
         >>> layer = QLoRALinear.from_linear(torch.nn.Linear(64, 32), r=8, alpha=16)
         """
-        base = NF4Linear.from_linear(linear, blocksize=blocksize, double_quant=double_quant, device=device)
+        base = NF4Linear.from_linear(
+            linear, blocksize=blocksize, double_quant=double_quant, scales=scales, device=device
+        )
         return cls.from_nf4(base, r, alpha, dropout, rslora=rslora, adapter_dtype=adapter_dtype)
 
     @classmethod

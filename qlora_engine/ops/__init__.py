@@ -6,7 +6,7 @@ from qlora_engine.ops.dequantize import dequantize_absmax, dequantize_nf4
 from qlora_engine.ops.gated import gated_activation, gated_activation_backward
 from qlora_engine.ops.linear import LinearPath, linear_nf4, linear_nf4_backward, linear_path
 from qlora_engine.ops.lora import lora_add, lora_down, lora_grad_A, lora_grad_B
-from qlora_engine.ops.quantize import quantize_absmax, quantize_nf4
+from qlora_engine.ops.quantize import quantize_absmax, quantize_nf4, quantize_nf4_double, quantize_nf4_search
 
 __all__ = [
     "LinearPath",
@@ -26,4 +26,6 @@ __all__ = [
     "lora_grad_B",
     "quantize_absmax",
     "quantize_nf4",
+    "quantize_nf4_double",
+    "quantize_nf4_search",
 ]

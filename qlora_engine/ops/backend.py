@@ -21,10 +21,13 @@ from qlora_engine.reference import host_memory as _memory
 from qlora_engine.reference import linear as _linear
 from qlora_engine.reference import lora as _lora
 from qlora_engine.reference import quantize as _quantize
+from qlora_engine.reference import scale_search as _scale_search
 
 ENVIRONMENT_VARIABLE = "QLORA_ENGINE_BACKEND"
 _REFERENCE = {
     "quantize_nf4": _quantize.quantize_nf4,
+    "quantize_nf4_double": _quantize.quantize_nf4_double,
+    "quantize_nf4_search": _scale_search.quantize_nf4_search,
     "quantize_absmax": _quantize.quantize_absmax,
     "dequantize_nf4": _dequantize.dequantize_nf4,
     "dequantize_absmax": _dequantize.dequantize_absmax,

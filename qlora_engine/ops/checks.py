@@ -53,10 +53,22 @@ def check_nf4(op, packed, absmax, nested_absmax, nested_offset, blocksize, numel
         check_tensor(op, "nested_offset", nested_offset, torch.float32, 1, like)
 
 
+def check_weight(op, weight, blocksize) -> None:
+    check_compute_dtype(op, "weight", weight.dtype)
+    check_blocksize(op, blocksize)
+    check_tensor(op, "weight", weight, weight.dtype, weight.numel(), weight)
+
+
 def quantize_nf4(weight, blocksize) -> None:
-    check_compute_dtype("quantize_nf4", "weight", weight.dtype)
-    check_blocksize("quantize_nf4", blocksize)
-    check_tensor("quantize_nf4", "weight", weight, weight.dtype, weight.numel(), weight)
+    check_weight("quantize_nf4", weight, blocksize)
+
+
+def quantize_nf4_double(weight, blocksize) -> None:
+    check_weight("quantize_nf4_double", weight, blocksize)
+
+
+def quantize_nf4_search(weight, blocksize, signed) -> None:
+    check_weight("quantize_nf4_search", weight, blocksize)
 
 
 def dequantize_nf4(packed, absmax, nested_absmax, nested_offset, blocksize, shape, dtype) -> None:
@@ -298,6 +310,8 @@ CHECKS = {
     "host_slab": host_slab,
     "copy_bytes": copy_bytes,
     "quantize_nf4": quantize_nf4,
+    "quantize_nf4_double": quantize_nf4_double,
+    "quantize_nf4_search": quantize_nf4_search,
     "dequantize_nf4": dequantize_nf4,
     "quantize_absmax": quantize_absmax,
     "dequantize_absmax": dequantize_absmax,

@@ -18,6 +18,10 @@ _WEIGHT = "Tensor packed, Tensor absmax, Tensor? nested_absmax, Tensor? nested_o
 SCHEMAS = {
     # weight: float16, bfloat16 or float32, contiguous, any shape -> packed, absmax (float32)
     "quantize_nf4": "(Tensor weight, int blocksize) -> (Tensor, Tensor)",
+    # The same, and quantize_absmax of the scales with their mean -> packed, codes (uint8), nested_absmax, offset
+    "quantize_nf4_double": "(Tensor weight, int blocksize) -> (Tensor, Tensor, Tensor, Tensor)",
+    # Scales that make the squared error small, of either sign with `signed` -> packed, absmax (float32)
+    "quantize_nf4_search": "(Tensor weight, int blocksize, bool signed) -> (Tensor, Tensor)",
     # -> Tensor of `shape` and `dtype`
     "dequantize_nf4": f"({_WEIGHT}, int[] shape, ScalarType dtype) -> Tensor",
     # absmax float32 [b], offset float32 [] -> codes of absmax - offset (uint8 [b]), nested_absmax (float32)

@@ -1,9 +1,9 @@
-"""Reference of `quantize_nf4` and `quantize_absmax`, and of any other 4-bit format."""
+"""Reference of `quantize_nf4`, `quantize_absmax` and `quantize_nf4_double`, and of any other 4-bit format."""
 
 import torch
 import torch.nn.functional as F
 
-from qlora_engine.quantization.codebook import dynamic_map, level_tensor, midpoints, nf4_levels
+from qlora_engine.quantization.codebook import NESTED_BLOCKSIZE, dynamic_map, level_tensor, midpoints, nf4_levels
 
 # A block of zeros is divided by this instead of by zero.
 SMALLEST_ABSMAX = 1e-38
@@ -62,6 +62,18 @@ def quantize_absmax(absmax: torch.Tensor, offset: torch.Tensor, blocksize: int) 
     levels = level_tensor(dynamic_map(), absmax.device)
     codes, nested_absmax = quantize_scales(absmax - offset, blocksize, levels)
     return codes.to(torch.uint8), nested_absmax
+
+
+def quantize_nf4_double(weight: torch.Tensor, blocksize: int) -> tuple[torch.Tensor, ...]:
+    """See `qlora_engine.ops.quantize_nf4_double`."""
+    packed, absmax = quantize_nf4(weight, blocksize)
+    offset = mean_absmax(absmax)
+    return packed, *quantize_absmax(absmax, offset, NESTED_BLOCKSIZE), offset
+
+
+def mean_absmax(absmax: torch.Tensor) -> torch.Tensor:
+    """The mean of all scales, float32 `[]`; 0 of none."""
+    return absmax.mean() if absmax.numel() else absmax.new_zeros(())
 
 
 def quantize_scales(centred: torch.Tensor, blocksize: int, levels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -53,6 +53,11 @@ class FinetuneOptions:
     # base
     blocksize: int = option(64, "elements that share one scale: 32 to 4096, a power of two", minimum=32, maximum=4096)
     double_quant: bool = option(True, "quantize the scales as well")
+    scales: str = option(
+        "absmax",
+        "how scales are found: search leaves a lower error; signed a lower one still, with --no-double-quant",
+        choices=("absmax", "search", "signed"),
+    )
     # data
     max_length: int = option(1024, "tokens a sequence is cut to", minimum=8)
     packing: bool = option(False, "put several examples in one sequence (they do not see each other)")
@@ -102,6 +107,8 @@ class FinetuneOptions:
                 raise OptionError(f"no {name} was given; pass {flag(name)} or write `{name}:` in the YAML file")
         if self.blocksize & (self.blocksize - 1):
             raise OptionError(f"{flag('blocksize')} is {self.blocksize}; expected a power of two from 32 to 4096")
+        if self.scales == "signed" and self.double_quant:
+            raise OptionError("--scales signed cannot be double-quantized; pass --no-double-quant too, or search")
         if self.optimizer_gpu_gib is not None and not self.optimizer.startswith("paged"):
             raise OptionError(
                 f"{flag('optimizer_gpu_gib')} was given with --optimizer {self.optimizer}, whose state does not "

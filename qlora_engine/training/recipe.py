@@ -35,6 +35,7 @@ def load_model(options: FinetuneOptions, folder: Path, device: torch.device, dty
         exclude_modules=options.exclude_modules,
         blocksize=options.blocksize,
         double_quant=options.double_quant,
+        scales=options.scales,
     )
     set_seed(options.seed)  # the adapters' first values
     with as_usage_error():

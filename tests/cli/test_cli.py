@@ -102,6 +102,20 @@ def test_quantize_then_generate_is_the_same_model(here):
     assert here("generate", "--model", "tiny-nf4", *WORDS) == here("generate", "--model", "tiny", *WORDS)
 
 
+@pytest.mark.parametrize("flags", [["--scales", "search"], ["--scales", "signed", "--no-double-quant"]])
+def test_quantize_with_other_scales(place, here, flags):
+    from safetensors import safe_open
+
+    files = []
+    for output, more in (("by-absmax", [f for f in flags if f == "--no-double-quant"]), ("by-search", flags)):
+        here("quantize", "--model", "tiny", "--output", output, *more)
+        files.append(safe_open(place / output / "model.safetensors", "pt"))
+    assert set(files[0].keys()) == set(files[1].keys())
+    name = "model.layers.0.mlp.up_proj.weight"
+    assert files[0].get_tensor(name).shape == files[1].get_tensor(name).shape
+    assert (files[0].get_tensor(name) != files[1].get_tensor(name)).any()
+
+
 def test_merge_gives_a_model_that_transformers_loads_alone(place, here):
     report = here("merge", "--model", "tiny", "--adapter", "run/adapter", "--output", "merged", "--into", "fp32")
     assert "written to merged" in report
@@ -211,6 +225,7 @@ def _promise_4_tib(folder: Path) -> None:
         (["generate", "--model", "rows.jsonl", "--prompt", "x"], "is a file; expected a model folder"),
         (["quantize", "--model", "empty", "--output", "q"], "is not a model folder: it has no config.json"),
         (["quantize", "--model", "tiny", "--output", "q", "--blocksize", "48"], "blocksize is 48"),
+        (["quantize", "--model", "tiny", "--output", "q", "--scales", "signed"], "cannot be double-quantized"),
         (["merge", "--model", "tiny", "--adapter", "tiny", "--output", "q"], "adapter_config.json"),
         (["convert", "empty", "q"], "there is no GGUF file at empty"),
         (["convert", "fake.gguf", "q"], "does not begin with the letters GGUF"),

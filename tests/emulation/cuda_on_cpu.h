@@ -223,12 +223,12 @@ inline void wait_for_copies(size_t pending) {
 
 template <typename T>
 T shuffle(T value, unsigned source) {
-  static_assert(sizeof(T) == 4);
+  static_assert(sizeof(T) == 4 || sizeof(T) == 8);
   const unsigned i = slot();
-  memcpy(exchange[i], &value, 4);
+  memcpy(exchange[i], &value, sizeof value);
   wait(Wait::kWarp);
   T result;
-  memcpy(&result, exchange[i / 32 * 32 + source % 32], 4);
+  memcpy(&result, exchange[i / 32 * 32 + source % 32], sizeof value);
   wait(Wait::kWarp);
   return result;
 }
@@ -333,6 +333,10 @@ inline float __fadd_rn(float a, float b) {
   const float r = a + b;
   return std::isnan(r) ? __uint_as_float(0x7fffffffu) : r;  // the NaN a GPU makes
 }
+inline float __fmul_rn(float a, float b) { return a * b; }
+inline float __fmaf_rn(float a, float b, float c) { return std::fma(a, b, c); }
+inline float __frcp_rn(float a) { return 1.0f / a; }
+inline float __fdiv_rn(float a, float b) { return a / b; }
 inline float __fsub_rn(float a, float b) { return a - b; }
 inline uint32_t __funnelshift_r(uint32_t low, uint32_t high, uint32_t shift) {
   return uint32_t((uint64_t(high) << 32 | low) >> (shift & 31));

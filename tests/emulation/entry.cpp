@@ -22,6 +22,18 @@ int run_quantize_nf4(const void* weight, int dtype, int64_t numel, int64_t block
   return quantize_nf4(weight, Dtype(dtype), numel, blocksize, packed, absmax, nullptr);
 }
 
+int run_quantize_nf4_search(const void* weight, int dtype, int64_t numel, int64_t blocksize, bool signed_scales,
+                            uint8_t* packed, float* absmax) {
+  return quantize_nf4_search(weight, Dtype(dtype), numel, blocksize, signed_scales, packed, absmax, nullptr);
+}
+
+int run_quantize_nf4_double(const void* weight, int dtype, int64_t numel, int64_t blocksize, uint8_t* packed,
+                            uint8_t* codes, float* nested_absmax, float* offset, void* absmax) {
+  std::vector<double> sums(kMaxScaleSums, NAN);
+  return quantize_nf4_double(weight, Dtype(dtype), numel, blocksize, packed, codes, nested_absmax, offset, absmax,
+                             sums.data(), nullptr);
+}
+
 int run_quantize_absmax(const float* absmax, const float* offset, int64_t count, int64_t blocksize, uint8_t* codes,
                         float* nested_absmax) {
   return quantize_absmax(absmax, offset, count, blocksize, codes, nested_absmax, nullptr);

@@ -93,12 +93,13 @@ def write_sources(folder: Path, hopper: bool = False) -> list[Path]:
             continue
         if source.suffix == ".h" and source.name != "libtorch_cuda.h":
             (target / source.name).write_text(source.read_text())
-        elif source.suffix == ".cuh" and source.name not in ("sm90.cuh", "wgmma.cuh"):
+        elif source.suffix == ".cuh" and source.name not in ("sm90.cuh", "wgmma.cuh", "dependent_launch.cuh"):
             (target / source.name).write_text('#include "cuda_on_cpu.h"\n' + translate(source.read_text()))
         elif source.suffix == ".cu" and hopper == ("sm90" in source.name):
             path = target / source.with_suffix(".cpp").name
             path.write_text('#include "cuda_on_cpu.h"\n' + translate(source.read_text()))
             sources.append(path)
+    (target / "dependent_launch.cuh").write_text(Path(__file__).with_name("dependent_launch.cuh").read_text())
     (target / "sm90.cuh").write_text('#include "decode.cuh"\n#include "hopper_on_cpu.h"\n')
     maps = (CSRC / "cuda" / "tensor_map.h").read_text()
     (target / "tensor_map.h").write_text(maps[: maps.index("inline cudaError_t encode(")] + ENCODE)

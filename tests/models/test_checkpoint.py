@@ -89,6 +89,20 @@ def test_saved_models_load_exactly(kind, double_quant, tmp_path):
         assert tensor.dtype == state[name].dtype, name
 
 
+def test_searched_scales_load_as_they_were_made(tmp_path):
+    """On the way in from 16 bits, and again from 4 bits, whose files do not say how scales were found."""
+    config = qe.QLoRAConfig(r=0, scales="search")
+    llama().save_pretrained(tmp_path / "plain")
+    model = load_quantized(tmp_path / "plain", config, progress=False)
+    prepared = qe.quantize_model(llama(), config)
+    by_absmax = load_quantized(tmp_path / "plain", progress=False)
+    path = "model.layers.0.mlp.up_proj"
+    assert torch.equal(model.get_submodule(path).weight, prepared.get_submodule(path).weight)
+    assert not torch.equal(model.get_submodule(path).weight, by_absmax.get_submodule(path).weight)
+    save_quantized(model, tmp_path / "nf4")
+    assert torch.equal(logits(load_quantized(tmp_path / "nf4", progress=False)), logits(model))
+
+
 def test_saved_base_has_no_adapters_and_takes_new_ones(tmp_path):
     model = qe.prepare(llama(), qe.QLoRAConfig(r=4))
     save_quantized(model, tmp_path / "base")

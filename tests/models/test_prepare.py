@@ -136,6 +136,8 @@ def test_a_target_error_leaves_the_model_unchanged(config, words):
         ({"r": -1}, "rank r is -1"),
         ({"dropout": 1.0}, "dropout is 1.0"),
         ({"blocksize": 63}, "blocksize is 63"),
+        ({"scales": "max"}, "scales is 'max'"),
+        ({"scales": "signed"}, "cannot be double-quantized"),
     ],
 )
 def test_configuration_out_of_range(config, words):

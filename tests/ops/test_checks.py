@@ -22,6 +22,10 @@ BAD_CALLS = {
     "quantize blocksize": ("quantize_nf4", [torch.ones(64), 48], "blocksize is 48"),
     "quantize small blocksize": ("quantize_nf4", [torch.ones(64), 16], "blocksize is 16"),
     "quantize layout": ("quantize_nf4", [torch.ones(8, 8).T, 64], "weight is not contiguous"),
+    "double dtype": ("quantize_nf4_double", [torch.ones(4, dtype=torch.int8), 64], "weight is int8"),
+    "double blocksize": ("quantize_nf4_double", [torch.ones(64), 8192], "blocksize is 8192"),
+    "search dtype": ("quantize_nf4_search", [torch.ones(4).double(), 64, False], "weight is float64"),
+    "search layout": ("quantize_nf4_search", [torch.ones(8, 8).T, 64, True], "weight is not contiguous"),
     "absmax dtype": ("quantize_absmax", [torch.ones(4).half(), torch.zeros(()), 256], "absmax is float16"),
     "absmax offset": ("quantize_absmax", [torch.ones(4), torch.zeros(2), 256], "offset has 2 elements"),
     "nested size": (

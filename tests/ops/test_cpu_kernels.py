@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from qlora_engine import ops
 from qlora_engine.ops import backend
 from qlora_engine.quantization.codebook import dynamic_map, level_tensor, midpoints, nf4_levels
+from qlora_engine.reference import scale_search
 from tests.numerics import RELATIVE_RMS, assert_close, size_of_sums
 
 pytestmark = pytest.mark.skipif(
@@ -111,6 +112,19 @@ def test_quantize_equals_bitsandbytes(run, bitsandbytes, dtype, kind):
             packed, absmax = run("quantize_nf4", weight, blocksize)
             assert torch.equal(packed, expected.view(-1)), (blocksize, size)
             assert same(absmax, state.absmax), (blocksize, size)
+
+
+@pytest.mark.parametrize("kind", WEIGHTS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_searched_scales_equal_the_reference(run, dtype, kind):
+    for blocksize in (32, 512):
+        for size in sizes_of(blocksize):
+            weight = WEIGHTS[kind](size).to(dtype)
+            for signed in (False, True):
+                expected = scale_search.quantize_nf4_search(weight, blocksize, signed)
+                packed, absmax = run("quantize_nf4_search", weight, blocksize, signed)
+                assert torch.equal(packed, expected[0]), (blocksize, size, signed)
+                assert same(absmax, expected[1]), (blocksize, size, signed)
 
 
 SCALES = {

@@ -65,10 +65,13 @@ def test_double_quantization_equals_bitsandbytes(blocksize, size, poisoned_memor
     weight = sample_weight(size, torch.bfloat16)
     _, state = functional.quantize_4bit(weight, blocksize=blocksize, quant_type="nf4", compress_statistics=True)
     torch.cuda.synchronize()
-    ours = quantize(weight, blocksize)
-    assert torch.equal(ours.nested_offset, state.offset)
-    assert torch.equal(ours.nested_absmax, state.state2.absmax)
-    assert torch.equal(ours.absmax, state.absmax)
+    _, absmax = ops.quantize_nf4(weight, blocksize)
+    codes, nested = torch.ops.qlora_engine.quantize_absmax(absmax, state.offset, 256)
+    assert torch.equal(codes, state.absmax)
+    assert torch.equal(nested, state.state2.absmax)
+    ours = quantize(weight, blocksize)  # its own mean, which bitsandbytes sums in float32
+    assert (ours.nested_offset / state.offset - 1).abs() < 1e-6
+    assert (ours.absmax == state.absmax).float().mean() > 0.99
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -111,8 +114,7 @@ def test_scales_get_their_nearest_level(count, blocksize, poisoned_memory):
     scaled = centred / nested.repeat_interleave(blocksize)[:count]
     chosen = (levels[codes.long()] - scaled).abs()
     best = (levels - scaled.unsqueeze(1)).abs().amin(dim=1)
-    # the search that defines the format cannot reach every entry of the map
-    assert ((chosen - best)[scaled.isfinite()] < 5e-3).all()
+    assert ((chosen - best)[scaled.isfinite()] < 1e-6).all()  # halfway between two levels, either is right
 
 
 def test_scales_without_spread_get_code_zero():
@@ -324,6 +326,8 @@ def every_operator(w4, x, grad, weight):
         absmax,
         codes,
         nested,
+        *ops.quantize_nf4_double(weight, 64),
+        *ops.quantize_nf4_search(weight, 64),
         ops.dequantize_absmax(codes, nested, offset),
         ops.dequantize_nf4(packed, codes, nested, offset, 64, weight.shape, weight.dtype),
     ]

@@ -19,6 +19,8 @@ def sample(op, device, double_quant=True):
     codes, nested, offset = ops.quantize_absmax(scales)
     return {
         "quantize_nf4": (torch.randn(7, 45, device=device), 32),
+        "quantize_nf4_double": (torch.randn(7, 45, device=device), 32),
+        "quantize_nf4_search": (torch.randn(7, 45, device=device), 32, True),
         "dequantize_nf4": (*w4.arguments, [7, 45], torch.bfloat16),
         "quantize_absmax": (scales, scales.mean(), 256),
         "dequantize_absmax": (codes, nested, offset, 256),

@@ -49,3 +49,21 @@ def test_is_frozen_and_moves():
     moved = w4.to("meta")
     assert moved.device.type == "meta"
     assert moved.shape == w4.shape
+
+
+@pytest.mark.parametrize(("scales", "double_quant"), [("search", True), ("search", False), ("signed", False)])
+def test_searched_scales_lower_the_error_at_the_same_size(scales, double_quant):
+    weight = torch.randn(256, 256)
+    plain, searched = (qe.quantize(weight, 64, double_quant, scales=s) for s in ("absmax", scales))
+    errors = [(w4.dequantize() - weight).square().mean() for w4 in (plain, searched)]
+    assert errors[1] < (0.88 if scales == "search" else 0.83) * errors[0]
+    assert searched.nbytes == plain.nbytes
+    assert searched.absmax.dtype == plain.absmax.dtype
+
+
+def test_scales_that_do_not_exist():
+    weight = torch.randn(8, 64)
+    with pytest.raises(ValueError, match="scales is 'best'; expected one of absmax, search, signed"):
+        qe.quantize(weight, scales="best")
+    with pytest.raises(ValueError, match="cannot be double-quantized"):
+        qe.quantize(weight, scales="signed")
