@@ -157,10 +157,12 @@ def _run(*command: str) -> str:
 
 
 def _commit() -> str:
-    """The tree's commit, "+" behind it where files differ; BENCH_COMMIT names that of a copy without its history."""
+    """The tree's commit, "+" behind it where files differ; BENCH_COMMIT, where set, names that of a copy."""
+    if "BENCH_COMMIT" in os.environ:
+        return os.environ["BENCH_COMMIT"]
     commit = _run("git", "rev-parse", "--short", "HEAD")
     changed = _run("git", "status", "--porcelain", "--untracked-files=no")
-    return commit + ("+" if changed else "") if commit else os.environ.get("BENCH_COMMIT", "unknown")
+    return commit + ("+" if changed else "") if commit else "unknown"
 
 
 def table(rows: list[dict], columns: dict[str, str]) -> str:

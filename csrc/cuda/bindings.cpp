@@ -11,6 +11,7 @@
 
 #include "checks.h"
 #include "dispatch.h"
+#include "dispatch_backward.h"
 #include "kernels.h"
 #include "launch.h"
 #include "libtorch_cuda.h"
@@ -113,10 +114,15 @@ std::pair<std::vector<int64_t>, int64_t> replace_last(const Tensor& x, int64_t l
   return {shape, rows};
 }
 
-LinearRoute route_of(const char* op, const Nf4Weight& weight, Dtype dtype, int64_t M, int64_t N, int64_t K) {
+LinearChoice checked_choice(const char* op) {
   const LinearChoice choice = linear_choice();
   STD_TORCH_CHECK(choice.path != LinearChoice::kUnknown, op, ": QLORA_ENGINE_LINEAR=", std::getenv("QLORA_ENGINE_LINEAR"),
                   "; expected auto, fused, fused:TOKENS,PAIR,SPLITS (such as fused:64,1,4) or dequantize");
+  return choice;
+}
+
+LinearRoute route_of(const char* op, const Nf4Weight& weight, Dtype dtype, int64_t M, int64_t N, int64_t K) {
+  const LinearChoice choice = checked_choice(op);
   int count = 0;
   check_launch(op, multiprocessors(&count));
   const LinearRoute route = linear_route(weight, dtype, M, N, K, choice, count);
@@ -170,6 +176,42 @@ Tensor linear_nf4_cuda(const Tensor& x, const Tensor& packed, const Tensor& absm
   return y;
 }
 
+// dx = grad @ W without a decoded copy of W, where that is the better way; false: nothing was done.
+bool fused_backward(const char* op, const Nf4Weight& weight, const Tensor& grad, const Tensor& dx, int64_t M, int64_t N,
+                    int64_t K) {
+  if (N == 0) return false;
+  const LinearChoice asked = checked_choice(op);
+  const auto decline = [&] {
+    STD_TORCH_CHECK(asked.path != LinearChoice::kFused, op, ": QLORA_ENGINE_LINEAR=fused, but no kernel takes this ",
+                    "gradient: expected float16 or bfloat16, a blocksize of 64 or more that divides in_features, 16-byte ",
+                    "alignment, and beyond 64 rows a GPU of compute capability 9.0; use QLORA_ENGINE_LINEAR=auto");
+    return false;
+  };
+  if (grad.scalar_type() == ScalarType::Float) return decline();
+  const Tensor rows = torch::stable::contiguous(grad);
+  const Dtype dtype = to_dtype(grad.scalar_type());
+  const void* from = rows.const_data_ptr();
+  void* to = dx.mutable_data_ptr();
+  int processors = 0;
+  check_launch(op, multiprocessors(&processors));
+  const cudaStream_t stream = current_stream(grad.get_device_index());
+  const bool few = linear_backward_few_rows_fit(weight, dtype, from, to, M, N, K);
+  const bool many = linear_backward_sm90_fits(weight, dtype, from, to, M, N, K);
+  const BackwardChoice choice = choose_backward(asked.path, M, N, K, few, many, processors);
+  if (choice.path == BackwardPath::kDequantize) return decline();
+  if (choice.path == BackwardPath::kFewRows) {
+    check_launch(op, linear_nf4_backward_few_rows(from, weight, dtype, to, M, N, K, stream));
+    return true;
+  }
+  const BackwardScratch scratch = linear_backward_sm90_scratch(choice.plan, M, K);
+  const Tensor partials = empty(grad, {scratch.partials}, ScalarType::Float);
+  const Tensor counters = empty(grad, {scratch.counters}, ScalarType::Int);
+  check_launch(op, linear_nf4_backward_sm90(from, weight, dtype, to, M, N, K, choice.plan,
+                                            static_cast<float*>(partials.mutable_data_ptr()),
+                                            static_cast<int32_t*>(counters.mutable_data_ptr()), stream));
+  return true;
+}
+
 Tensor linear_nf4_backward_cuda(const Tensor& grad, const Tensor& packed, const Tensor& absmax,
                                 const OptionalTensor& nested_absmax, const OptionalTensor& nested_offset,
                                 int64_t blocksize, int64_t in_features) {
@@ -182,6 +224,7 @@ Tensor linear_nf4_backward_cuda(const Tensor& grad, const Tensor& packed, const 
   const auto [shape, M] = replace_last(grad, K);
   Tensor dx = empty(grad, shape, grad.scalar_type());
   if (dx.numel() == 0) return dx;
+  if (fused_backward(op, to_weight(weight), grad, dx, M, N, K)) return dx;
   const Tensor w = decoded(op, weight, grad, {N, K}, grad.scalar_type());
   matrix_product(torch::stable::view(dx, {M, K}), torch::stable::reshape(grad, {M, N}), w, std::nullopt);
   return dx;

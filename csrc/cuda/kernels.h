@@ -60,4 +60,38 @@ bool fused_fits(const Nf4Weight& weight, Dtype dtype, int64_t M, int64_t N, int6
 cudaError_t linear_nf4_sm90(const void* x, const Nf4Weight& weight, const void* bias, Dtype dtype, void* y, int64_t M,
                             int64_t N, int64_t K, const FusedConfig& config, cudaStream_t stream);
 
+// Whether linear_nf4_backward_few_rows can take this product: up to kFewBackwardRows rows of 16-bit grad, N a multiple
+// of 4, K of 64, blocks of at least 64, 16-byte alignment of packed (8 of grad, 4 of dx and scales).
+constexpr int64_t kFewBackwardRows = 64;
+bool linear_backward_few_rows_fit(const Nf4Weight& weight, Dtype dtype, const void* grad, const void* dx, int64_t M,
+                                  int64_t N, int64_t K);
+
+// grad [M, N] contiguous -> dx [M, K] = grad @ W, without a decoded copy of W.
+cudaError_t linear_nf4_backward_few_rows(const void* grad, const Nf4Weight& weight, Dtype dtype, void* dx, int64_t M,
+                                         int64_t N, int64_t K, cudaStream_t stream);
+
+// How linear_nf4_backward_sm90 shares out a product (dispatch_backward.h chooses).
+struct BackwardPlan {
+  int cluster;  // 1, or 2: pairs of thread blocks share what they decode
+  int splits;   // parts of the sum over N, at most ceil(N / 64); 1: results equal cuBLAS's on the dequantized weight
+  int group;    // tiles of 256 (cluster of 2: 512) tokens that are done together
+};
+
+// What a split product needs beside dX: float32 numbers, and counters. Both may hold anything.
+struct BackwardScratch {
+  int64_t partials;
+  int64_t counters;
+};
+BackwardScratch linear_backward_sm90_scratch(const BackwardPlan& plan, int64_t M, int64_t K);
+
+// Whether linear_nf4_backward_sm90 can take this product on the current device: sm_90, 16-bit types, N a multiple of 8,
+// K of 64, blocks of at least 64, 16-byte alignment (4-byte for scales).
+bool linear_backward_sm90_fits(const Nf4Weight& weight, Dtype dtype, const void* grad, const void* dx, int64_t M,
+                               int64_t N, int64_t K);
+
+// grad [M, N] contiguous -> dx [M, K] = grad @ W, without a decoded copy of W.
+cudaError_t linear_nf4_backward_sm90(const void* grad, const Nf4Weight& weight, Dtype dtype, void* dx, int64_t M,
+                                     int64_t N, int64_t K, const BackwardPlan& plan, float* partials,
+                                     int32_t* counters, cudaStream_t stream);
+
 }  // namespace qlora_engine::cuda

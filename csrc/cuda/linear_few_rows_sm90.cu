@@ -1,11 +1,12 @@
 // Product with a 4-bit weight for up to 16 rows of x on Hopper: as linear.cu, but for who waits. A multiprocessor takes
-// one stretch of rows of W, which lies in one piece of memory, and reads it by bulk copies while everything else starts:
+// one stretch of rows of W, and reads it by tile copies while everything else starts:
 //
 //   warps 0 ... 15  multiply. A stage holds 1,024 columns of a panel of 8 kGroups rows; warp w takes 64 of them,
 //                   one block. mma.m16n8k16: A = 16 rows of x (kept in registers for a whole panel's rows),
 //                   B = 8 rows of W. A pair of codes becomes a B register by one look-up (pair_table.cuh).
-//   warp 16         copies W into the ring of stages: 512 bytes of each row, 32 bytes apart there, so that the
-//                   8-byte reads of a warp (4 rows x 32 bytes at a time) meet no bank twice
+//   warp 16         copies W into the ring of stages, tiles of 128 bytes a row in the 128-byte swizzle. A group takes
+//                   every second of 16 rows, so that the 8-byte reads of a warp (4 rows x 32 bytes at a time) meet
+//                   no bank twice
 //   warps 17 ... 19 decode the scales of every third stage
 //
 // The accumulators of a block are multiplied by its scale in float32; the 16 warps' sums meet in shared memory once a
@@ -16,6 +17,7 @@
 #include "launch.h"
 #include "pair_table.cuh"
 #include "sm90.cuh"
+#include "tensor_map.h"
 
 namespace qlora_engine::cuda {
 namespace {
@@ -24,21 +26,27 @@ constexpr int kWarps = 16, kScaleWarps = 3;  // with the copying one 20, 5 a sch
 constexpr int kThreads = (kWarps + 1 + kScaleWarps) * 32;
 constexpr int kColumns = 64;                // of a warp in a stage
 constexpr int kChunk = kWarps * kColumns;   // of a stage
-constexpr int kRowBytes = kChunk / 2, kPitch = kRowBytes + 32;
+constexpr int kTileBytes = 128;             // of a row of W, in one tile
+constexpr int kTileCount = kChunk / 2 / kTileBytes;
 constexpr int kSharedLimit = 227 * 1024 - PairTable::kBytes;
 
 // kTiles: of 8 rows of x. kGroups: of 8 rows of W, in a panel.
 template <int kTiles, int kGroups>
 struct Layout {
   static constexpr int kRows = kGroups * 8;
-  static constexpr int kScaleBytes = kWarps * kRows * 4, kStageBytes = kRows * kPitch + kScaleBytes;
+  static constexpr int kCopyBytes = kRows * kTileBytes, kScales = kTileCount * kCopyBytes;  // a tile; where they begin
+  static constexpr int kAlignment = 1024;  // of a tile
+  static constexpr int kStageBytes = (kScales + kWarps * kRows * 4 + kAlignment - 1) / kAlignment * kAlignment;
   static constexpr int kPartialBytes = kWarps * kTiles * 8 * kRows * 4;
   static constexpr int kMapBytes = 256 * 4, kBarrierBytes = 256;
-  static constexpr int kFit = (kSharedLimit - kPartialBytes - kMapBytes - kBarrierBytes - 128) / kStageBytes;
+  static constexpr int kFit = (kSharedLimit - kPartialBytes - kMapBytes - kBarrierBytes - kAlignment) / kStageBytes;
   static constexpr int kStages = kFit < 12 ? kFit : 12;
   static constexpr int kPartial = kStages * kStageBytes, kMap = kPartial + kPartialBytes,
-                       kBarriers = kMap + kMapBytes, kBytes = kBarriers + kBarrierBytes + 128;
-  static_assert(kStages >= 3 && kStageBytes % 16 == 0);
+                       kBarriers = kMap + kMapBytes, kBytes = kBarriers + kBarrierBytes + kAlignment;
+  static_assert(kStages >= 3 && (kGroups == 1 || kGroups % 2 == 0));
+
+  // Of a panel, the row of W that is column i % 8 of group i / 8.
+  static __device__ __forceinline__ int row(int i) { return kGroups == 1 ? i : i / 16 * 16 + i % 8 * 2 + i / 8 % 2; }
 };
 
 struct FewRows {
@@ -87,13 +95,15 @@ __device__ __forceinline__ float one_scale(const Nf4Weight& weight, int64_t bloc
 #endif
 
 template <typename T, bool kNested, int kTiles, int kGroups>
-__global__ void __launch_bounds__(kThreads, 1) linear_few_rows_sm90_kernel(FewRows problem, Nf4Weight weight) {
+__global__ void __launch_bounds__(kThreads, 1) linear_few_rows_sm90_kernel(
+    FewRows problem, Nf4Weight weight, const __grid_constant__ CUtensorMap panel_map,
+    const __grid_constant__ CUtensorMap rest_map) {
 #ifdef QLORA_SM90
   using namespace sm90;
   using L = Layout<kTiles, kGroups>;
   __shared__ __align__(128) char table[PairTable::kBytes];
   extern __shared__ char unaligned[];
-  const uint32_t base = (shared_address(unaligned) + 127u) & ~127u;
+  const uint32_t base = (shared_address(unaligned) + uint32_t(L::kAlignment) - 1) & ~uint32_t(L::kAlignment - 1);
   const uint32_t full = base + L::kBarriers, empty = full + L::kStages * 8, map = base + L::kMap;
 
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -113,17 +123,22 @@ __global__ void __launch_bounds__(kThreads, 1) linear_few_rows_sm90_kernel(FewRo
     __syncwarp();
     uint32_t slot = 0, parity = 1, filled = 0;  // an unused slot passes
     for (int row = first_row; row < end_row; row += L::kRows) {
-      const int rows = min(L::kRows, end_row - row);
+      // the last panel of a block may be shorter: what does not belong to it is not read
+      const bool whole = first_row + problem.groups_per_block * 8 - row >= L::kRows;
+      const int rows = whole ? L::kRows : problem.groups_per_block * 8 % L::kRows;
       for (int chunk = 0; chunk < chunks; ++chunk) {
         if (filled++ == L::kStages) __syncthreads();  // the others start; until then no slot is waited for
-        const uint32_t bytes = uint32_t(min(kRowBytes, K / 2 - chunk * kRowBytes));
+        const int first_byte = chunk * (kChunk / 2);
+        const int tiles = min(kTileCount, (K / 2 - first_byte + kTileBytes - 1) / kTileBytes);
         barrier_wait(empty + 8 * slot, parity);
-        if (lane == 0) barrier_arrive_expecting(full + 8 * slot, bytes * rows);
-        __syncwarp();
-        const uint8_t* from = weight.packed + int64_t(row) * (K / 2) + chunk * kRowBytes;
-        for (int r = lane; r < rows; r += 32) {
-          bulk_load(base + slot * L::kStageBytes + r * kPitch, from + int64_t(r) * (K / 2), bytes, full + 8 * slot);
+        if (lane == 0) {
+          barrier_arrive_expecting(full + 8 * slot, uint32_t(tiles * rows * kTileBytes));
+          for (int i = 0; i < tiles; ++i) {
+            tile_load(base + slot * L::kStageBytes + i * L::kCopyBytes, whole ? &panel_map : &rest_map,
+                      first_byte + i * kTileBytes, row, full + 8 * slot);
+          }
         }
+        __syncwarp();
         if (++slot == L::kStages) slot = 0, parity ^= 1;
       }
     }
@@ -139,7 +154,7 @@ __global__ void __launch_bounds__(kThreads, 1) linear_few_rows_sm90_kernel(FewRo
     const int stages = (end_row - first_row + L::kRows - 1) / L::kRows * chunks;
     int stage = warp - kWarps - 1;
     const auto address = [&](int quad, int block) {  // [block][row]
-      return base + stage % L::kStages * L::kStageBytes + L::kRows * kPitch +
+      return base + stage % L::kStages * L::kStageBytes + L::kScales +
              ((quad / L::kRows * 4 + block) * L::kRows + quad % L::kRows) * 4;
     };
     const auto finish = [&] {
@@ -155,7 +170,7 @@ __global__ void __launch_bounds__(kThreads, 1) linear_few_rows_sm90_kernel(FewRo
         for (int i = 0; i < kOwn; ++i) {
           const int quad = i * 32 + lane;
           // rows and columns beyond the end: those of the last, whose products are never stored
-          const int r = min(row + quad % L::kRows, N - 1);
+          const int r = min(row + L::row(quad % L::kRows), N - 1);
           const int block = min(chunk * kWarps + quad / L::kRows * 4, K / kColumns - 4);
           scales[i].load(weight, uint32_t(r) * uint32_t(K / kColumns) + uint32_t(block));
         }
@@ -181,7 +196,7 @@ __global__ void __launch_bounds__(kThreads, 1) linear_few_rows_sm90_kernel(FewRo
         const int row = first_row + stage / chunks * L::kRows, chunk = stage % chunks;
         wait();
         for (int quad = lane; quad < kQuads; quad += 32) {
-          const int64_t start = int64_t(min(row + quad % L::kRows, N - 1)) * K;
+          const int64_t start = int64_t(min(row + L::row(quad % L::kRows), N - 1)) * K;
 #pragma unroll
           for (int j = 0; j < 4; ++j) {
             const int k = min(chunk * kChunk + (quad / L::kRows * 4 + j) * kColumns, K - kColumns);
@@ -209,8 +224,12 @@ __global__ void __launch_bounds__(kThreads, 1) linear_few_rows_sm90_kernel(FewRo
       }
     };
     char* aligned = unaligned + (base - shared_address(unaligned));
-    const char* own_codes = aligned + g * kPitch + warp * (kColumns / 2) + t * 8;
-    const char* own_scales = aligned + L::kRows * kPitch + (warp * L::kRows + t * 2) * 4;
+    const auto codes_at = [&](int row) {  // of a pair of groups
+      const int swizzled = (warp % 4 * 2 + t / 2) ^ row % 8;
+      return aligned + warp / 4 * L::kCopyBytes + row * kTileBytes + swizzled * 16 + t % 2 * 8;
+    };
+    const char* own_codes[2] = {codes_at(L::row(g)), codes_at(kGroups == 1 ? 0 : L::row(8 + g))};
+    const char* own_scales = aligned + L::kScales + (warp * L::kRows + t * 2) * 4;
     float* partial = reinterpret_cast<float*>(aligned + L::kPartial);
 
     uint32_t slot = 0, parity = 0;
@@ -242,7 +261,7 @@ __global__ void __launch_bounds__(kThreads, 1) linear_few_rows_sm90_kernel(FewRo
           // groups beyond the last multiply what an earlier stage left; their sums are not stored
 #pragma unroll
           for (int p = 0; p < kGroups; ++p) {
-            const uint2 codes = *reinterpret_cast<const uint2*>(own_codes + stage + p * 8 * kPitch);
+            const uint2 codes = *reinterpret_cast<const uint2*>(own_codes[p % 2] + stage + p / 2 * 16 * kTileBytes);
             const float2 scale = *reinterpret_cast<const float2*>(own_scales + stage + p * 32);
             float c[4] = {0.f, 0.f, 0.f, 0.f};
             const auto multiply = [&](int j, uint32_t b0, uint32_t b1) {
@@ -279,7 +298,7 @@ __global__ void __launch_bounds__(kThreads, 1) linear_few_rows_sm90_kernel(FewRo
       }
       named_barrier(1, kWarps * 32);
       for (int i = threadIdx.x; i < M * L::kRows; i += kWarps * 32) {
-        const int m = i / L::kRows, n = row + i % L::kRows;
+        const int m = i / L::kRows, n = row + L::row(i % L::kRows);
         if (n >= end_row) continue;
         float total = bias ? float(bias[n]) : 0.f;
 #pragma unroll
@@ -297,7 +316,17 @@ cudaError_t launch(const FewRows& problem, const Nf4Weight& weight, unsigned blo
   using L = Layout<kTiles, kGroups>;
   constexpr auto kernel = linear_few_rows_sm90_kernel<T, kNested, kTiles, kGroups>;
   if (cudaError_t error = allow_shared_memory<kernel>(L::kBytes)) return error;
-  kernel<<<blocks, kThreads, L::kBytes, stream>>>(problem, weight);
+  const int rest = problem.groups_per_block % kGroups * 8;
+  TileMap tile{weight.packed,      CU_TENSOR_MAP_DATA_TYPE_UINT8, uint64_t(problem.K) / 2, uint64_t(problem.N),
+               uint64_t(problem.K) / 2, kTileBytes,                    L::kRows,                true};
+  CUtensorMap panel_map, rest_map;
+  if (cudaError_t error = encode(tile, &panel_map)) return error;
+  rest_map = panel_map;
+  if (rest > 0) {
+    tile.box_rows = uint32_t(rest);
+    if (cudaError_t error = encode(tile, &rest_map)) return error;
+  }
+  kernel<<<blocks, kThreads, L::kBytes, stream>>>(problem, weight, panel_map, rest_map);
   return cudaGetLastError();
 }
 

@@ -69,7 +69,17 @@ class FinetuneOptions:
     warmup_steps: int = option(0, "steps of linear warm-up", minimum=0)
     weight_decay: float = option(0.0, "AdamW's decoupled weight decay", minimum=0)
     max_grad_norm: float = option(1.0, "gradients are clipped to this norm; 0: never", minimum=0)
-    optimizer: str = option("adamw_fused", "torch's AdamW", choices=("adamw_fused", "adamw_foreach"))
+    optimizer: str = option(
+        "paged_adamw",
+        "PagedAdamW with 32-bit or 8-bit state, or torch's AdamW",
+        choices=("paged_adamw", "paged_adamw_8bit", "adamw_fused", "adamw_foreach"),
+    )
+    optimizer_gpu_gib: float | None = option(
+        None,
+        "GiB of the paged optimizer's state on the GPU, the rest in host memory; without it: all",
+        minimum=0,
+    )
+    lora_plus: float = option(1.0, "learning rate of the B factors over that of the rest (LoRA+)", above=0)
     gradient_checkpointing: str = option(
         "auto", "recompute activations (auto: on a GPU)", choices=("auto", "on", "off")
     )
@@ -92,6 +102,11 @@ class FinetuneOptions:
                 raise OptionError(f"no {name} was given; pass {flag(name)} or write `{name}:` in the YAML file")
         if self.blocksize & (self.blocksize - 1):
             raise OptionError(f"{flag('blocksize')} is {self.blocksize}; expected a power of two from 32 to 4096")
+        if self.optimizer_gpu_gib is not None and not self.optimizer.startswith("paged"):
+            raise OptionError(
+                f"{flag('optimizer_gpu_gib')} was given with --optimizer {self.optimizer}, whose state does not "
+                "leave the GPU; choose paged_adamw or paged_adamw_8bit"
+            )
         if self.resume and self.overwrite:
             raise OptionError("--resume and --overwrite contradict each other; pass one of them")
         return self

@@ -11,9 +11,11 @@ from trl import SFTConfig
 from qlora_engine.models.checkpoint import load_quantized
 from qlora_engine.models.config import QLoRAConfig
 from qlora_engine.nn import NF4Linear
+from qlora_engine.optim import PagedAdamW
 from qlora_engine.training.checkpoints import CHECKPOINTS
 from qlora_engine.training.data import Rows
 from qlora_engine.training.errors import DataError, UsageError, as_usage_error
+from qlora_engine.training.memory import GIB
 from qlora_engine.training.options import FinetuneOptions
 from qlora_engine.training.trainer import QLoRATrainer
 
@@ -47,6 +49,16 @@ def load_model(options: FinetuneOptions, folder: Path, device: torch.device, dty
     if tokenizer.pad_token is None and tokenizer.eos_token is None:
         raise UsageError(f"the tokenizer of {options.model} has neither a padding nor an end token; set one of them")
     return model, tokenizer
+
+
+def _optimizer(options: FinetuneOptions) -> tuple[type[torch.optim.Optimizer], dict]:
+    """What Trainer builds the optimizer from."""
+    arguments = {"lr": options.learning_rate, "betas": (0.9, 0.999), "eps": 1e-8}
+    if not options.optimizer.startswith("paged"):
+        return torch.optim.AdamW, arguments | {options.optimizer.removeprefix("adamw_"): True}
+    if options.optimizer_gpu_gib is not None:
+        arguments["device_budget"] = int(options.optimizer_gpu_gib * GIB)
+    return PagedAdamW, arguments | {"bits": 8 if options.optimizer.endswith("8bit") else 32}
 
 
 def build_trainer(
@@ -104,9 +116,6 @@ def build_trainer(
         # transformers 5.23 renamed gradient_checkpointing; TRL 1.16 still speaks the old name
         warnings.simplefilter("ignore", FutureWarning)
         arguments = SFTConfig(**settings)
-    fused = options.optimizer == "adamw_fused"
-    optimizer = {"lr": options.learning_rate, "betas": (0.9, 0.999), "eps": 1e-8}
-    optimizer |= {"fused": True} if fused else {"foreach": True}
     with as_usage_error():
         trainer = QLoRATrainer(
             model=model,
@@ -114,7 +123,8 @@ def build_trainer(
             train_dataset=train_rows.dataset(),
             eval_dataset=held_out.dataset() if held_out else None,
             processing_class=tokenizer,
-            optimizer_cls_and_kwargs=(torch.optim.AdamW, optimizer),
+            optimizer_cls_and_kwargs=_optimizer(options),
+            lora_plus=options.lora_plus,
         )
     trainer.remove_callback(PrinterCallback)  # ProgressBar says it better
     for name, dataset in (("training", trainer.train_dataset), ("held-out", trainer.eval_dataset)):

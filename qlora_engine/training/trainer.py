@@ -15,6 +15,7 @@ from trl import SFTTrainer
 
 from qlora_engine.models.adapter import load_adapter, save_adapter
 from qlora_engine.models.files import atomic_write
+from qlora_engine.optim import lora_plus_groups
 from qlora_engine.training.memory import GIB, peak_memory
 
 
@@ -23,7 +24,24 @@ class QLoRATrainer(SFTTrainer):
 
     A checkpoint folder has the adapter in PEFT's format, optimizer, scheduler, random states and the trainer's
     state; the frozen base is read from where it came from.
+
+    Args:
+        lora_plus: learning rate of the adapters' B factors over that of everything else.
+        *args, **kwargs: SFTTrainer's.
     """
+
+    def __init__(self, *args, lora_plus: float = 1.0, **kwargs):
+        self._lora_plus = lora_plus
+        super().__init__(*args, **kwargs)
+
+    def create_optimizer(self, *args, **kwargs):
+        if self.optimizer is None and self._lora_plus != 1:
+            optimizer, options = self.optimizer_cls_and_kwargs
+            decay = {"weight_decay": self.args.weight_decay}
+            self.optimizer = optimizer(
+                lora_plus_groups(self.model, options["lr"], self._lora_plus, **decay), **options
+            )
+        return super().create_optimizer(*args, **kwargs)
 
     def _save(self, output_dir=None, state_dict=None):
         if self.args.should_save:

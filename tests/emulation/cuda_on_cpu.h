@@ -26,10 +26,12 @@
 #undef __global__
 #undef __launch_bounds__
 #undef __forceinline__
+#undef __grid_constant__
 #define __device__
 #define __global__
 #define __launch_bounds__(...)
 #define __forceinline__ inline
+#define __grid_constant__
 using std::max;
 using std::min;
 
@@ -37,7 +39,14 @@ namespace emulated {
 
 enum class Wait { kNone, kBlock, kWarp, kNamed, kCluster, kSpin };
 
+struct Copy {
+  char* to;
+  const void* from;
+  size_t size, bytes;
+};
+
 struct Thread {
+  std::vector<std::vector<Copy>> copies;  // groups of cp.async that nobody waited for; the last one is open
   ucontext_t context;
   uint3 index, block;
   unsigned rank;  // of the block in its cluster
@@ -62,6 +71,7 @@ inline uint32_t exchange[kMaxThreads][8];
 inline uint64_t events = 0;  // anything that a waiting thread may wait for
 // Carries one thing out that was begun and has not happened yet; false where there is none.
 inline bool (*late)() = nullptr;
+inline void (*before_launch)() = nullptr;
 
 inline unsigned slot() { return unsigned(current - threads.data()); }
 inline char* block_memory(unsigned rank) { return shared_memory + rank * kSharedStride; }
@@ -127,7 +137,7 @@ inline void run_cluster(char* stacks, unsigned first_block, unsigned blocks, siz
     Thread& t = threads[i];
     t.index = make_uint3(unsigned(i % size), 0, 0);
     t.rank = unsigned(i / size);
-    t.block = make_uint3(first_block + t.rank, 0, 0);
+    t.block = make_uint3((first_block + t.rank) % grid_size.x, (first_block + t.rank) / grid_size.x, 0);
     t.shared_used = 1024;  // where sm_90 lets a block's own shared memory start
     getcontext(&t.context);
     t.context.uc_stack.ss_sp = stacks + i * kStack;
@@ -158,7 +168,7 @@ inline void run_cluster(char* stacks, unsigned first_block, unsigned blocks, siz
 }
 
 template <typename Body>
-void launch(unsigned grid, unsigned block, Body body, unsigned cluster = 1, size_t dynamic = 0) {
+void launch(dim3 grid, unsigned block, Body body, unsigned cluster = 1, size_t dynamic = 0) {
   static char* stacks = nullptr;
   if (stacks == nullptr) {
     constexpr int kFlags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE;
@@ -168,11 +178,11 @@ void launch(unsigned grid, unsigned block, Body body, unsigned cluster = 1, size
         mmap(nullptr, kSharedStride * kMaxCluster, PROT_READ | PROT_WRITE, kFlags | MAP_32BIT, -1, 0));
     if (stacks == MAP_FAILED || shared_memory == MAP_FAILED) abort();
   }
-  if (block * cluster > kMaxThreads || kSharedBytes + dynamic > kSharedStride || grid % cluster != 0) abort();
-  grid_size = dim3(grid);
+  if (block * cluster > kMaxThreads || kSharedBytes + dynamic > kSharedStride || grid.x % cluster != 0) abort();
+  grid_size = grid;
   block_size = dim3(block);
   kernel = body;
-  for (unsigned b = 0; b < grid; b += cluster) run_cluster(stacks, b, cluster, kSharedBytes + dynamic);
+  for (unsigned b = 0; b < grid.x * grid.y; b += cluster) run_cluster(stacks, b, cluster, kSharedBytes + dynamic);
 }
 
 // A shared variable: every thread meets the declarations in the same order.
@@ -183,7 +193,33 @@ T& shared(size_t alignment = alignof(T)) {
   if (current->shared_used > kSharedBytes) abort();
   return *reinterpret_cast<T*>(block_memory(current->rank) + at);
 }
+// Shared memory whose size the launch gives.
 inline char* dynamic_shared() { return block_memory(current->rank) + kSharedBytes; }
+
+// cp.async: `bytes` of `size` are read, the rest becomes 0, as late as the thread's waiting allows. Shared addresses
+// have 32 bits.
+inline void copy(uint32_t to, const void* from, size_t size, size_t bytes) {
+  if (to % size != 0 || (bytes > 0 && uintptr_t(from) % size != 0) || bytes > size) abort();
+  char* target = reinterpret_cast<char*>(uintptr_t(to));
+  const char* own = block_memory(current->rank);
+  if (target < own || target + size > own + kSharedStride) abort();
+  if (current->copies.empty()) current->copies.emplace_back();
+  current->copies.back().push_back({target, from, size, bytes});
+}
+inline void commit_copies() {
+  if (current->copies.empty()) current->copies.emplace_back();
+  current->copies.emplace_back();
+}
+inline void wait_for_copies(size_t pending) {
+  auto& groups = current->copies;
+  while (groups.size() > pending + 1) {
+    for (const Copy& copy : groups.front()) {
+      memset(copy.to, 0, copy.size);
+      memcpy(copy.to, copy.from, copy.bytes);
+    }
+    groups.erase(groups.begin());
+  }
+}
 
 template <typename T>
 T shuffle(T value, unsigned source) {
@@ -252,6 +288,31 @@ To bits_as(From v) {
 #define blockIdx (emulated::current->block)
 inline dim3 &blockDim = emulated::block_size, &gridDim = emulated::grid_size;
 
+// The runtime's templates over kernels.
+template <typename... Parameters, typename... Arguments>
+cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
+                               Arguments&&... arguments) {
+  if (emulated::before_launch) emulated::before_launch();
+  const unsigned cluster = config->numAttrs ? config->attrs[0].val.clusterDim.x : 1;
+  emulated::launch(config->gridDim, config->blockDim.x, [&] { kernel(arguments...); }, cluster,
+                   config->dynamicSmemBytes);
+  return cudaSuccess;
+}
+template <typename Kernel>
+cudaError_t cudaFuncSetAttribute(Kernel*, cudaFuncAttribute, int) {
+  return cudaSuccess;
+}
+template <typename Kernel>
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, Kernel*) {  // the code that runs is none of 9.0
+  *attributes = {};
+  attributes->ptxVersion = 80;
+  return cudaSuccess;
+}
+template <typename Kernel>
+cudaError_t cudaOccupancyMaxActiveClusters(int* clusters, Kernel*, const cudaLaunchConfig_t*) {
+  return *clusters = 0, cudaErrorNotSupported;
+}
+
 inline void __syncwarp() { emulated::wait(emulated::Wait::kWarp); }
 inline void __syncthreads() { emulated::wait(emulated::Wait::kBlock); }
 template <typename T>
@@ -260,7 +321,7 @@ T __shfl_sync(unsigned, T v, int source) {
 }
 template <typename T>
 T __shfl_xor_sync(unsigned, T v, int mask) {
-  return emulated::shuffle(v, threadIdx.x ^ unsigned(mask));
+  return emulated::shuffle(v, emulated::current->index.x ^ unsigned(mask));
 }
 template <typename T>
 T __ldg(const T* p) {

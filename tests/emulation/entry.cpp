@@ -10,7 +10,9 @@ using namespace qlora_engine::cuda;
 extern "C" {
 
 cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
-cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) { return *value = 2, cudaSuccess; }
+cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
+  return *value = attribute == cudaDevAttrMaxSharedMemoryPerBlockOptin ? 232448 : 2, cudaSuccess;
+}
 cudaError_t cudaGetLastError() { return cudaSuccess; }
 
 void run_threads_in_falling_order(bool falling) { emulated::falling_order = falling; }
@@ -39,6 +41,13 @@ int run_linear_nf4(const void* x, const Nf4Weight* weight, const void* bias, int
                    int64_t K) {
   if (M > kFewRows || !few_rows_fit(*weight, Dtype(dtype), x, N, K)) return -1;
   return linear_nf4_few_rows(x, *weight, bias, Dtype(dtype), y, M, N, K, nullptr);
+}
+
+// -1 where the kernel does not take this product
+int run_linear_nf4_backward(const void* grad, const Nf4Weight* weight, int dtype, void* dx, int64_t M, int64_t N,
+                            int64_t K) {
+  if (!linear_backward_few_rows_fit(*weight, Dtype(dtype), grad, dx, M, N, K)) return -1;
+  return linear_nf4_backward_few_rows(grad, *weight, Dtype(dtype), dx, M, N, K, nullptr);
 }
 
 }  // extern "C"

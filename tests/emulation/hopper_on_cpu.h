@@ -278,22 +278,6 @@ inline uint64_t swizzled_tile(uint32_t address) {
 
 }  // namespace qlora_engine::cuda::sm90
 
-// The runtime's launch in clusters.
-template <typename... Parameters, typename... Arguments>
-cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
-                               Arguments&&... arguments) {
-  emulated::barriers.clear();
-  emulated::under_way.clear();
-  const unsigned cluster = config->numAttrs ? config->attrs[0].val.clusterDim.x : 1;
-  emulated::launch(config->gridDim.x, config->blockDim.x, [&] { kernel(arguments...); }, cluster,
-                   config->dynamicSmemBytes);
-  return cudaSuccess;
-}
-template <typename Kernel>
-cudaError_t cudaFuncSetAttribute(Kernel*, cudaFuncAttribute, int) {
-  return cudaSuccess;
-}
-template <typename Kernel>
-cudaError_t cudaFuncGetAttributes(cudaFuncAttributes*, Kernel*) {
-  return cudaErrorNotSupported;
+namespace emulated {
+[[maybe_unused]] inline const bool forgets = (before_launch = [] { barriers.clear(), under_way.clear(); }, true);
 }

@@ -262,6 +262,40 @@ def test_products_that_few_rows_leaves_to_others(compiled, dtype, M, K, blocksiz
     assert compiled.run_linear_nf4(*operands, DTYPES.index(dtype), pointer(y.tensor), *sizes) == -1
 
 
+@needs_compiler
+@pytest.mark.parametrize("double_quant", [True, False])
+@pytest.mark.parametrize(
+    ("M", "N", "K", "blocksize"),
+    [
+        (1, 4, 64, 64),
+        (3, 100, 320, 64),
+        (8, 1100, 256, 64),
+        (9, 20, 192, 64),
+        (12, 900, 64, 64),
+        (16, 200, 704, 128),
+        (17, 132, 448, 64),
+        (20, 700, 64, 64),
+        (32, 36, 512, 512),
+        (33, 72, 128, 64),
+        (40, 404, 64, 64),
+        (64, 148, 640, 4096),
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_few_rows_backward(kernels, dtype, M, N, K, blocksize, double_quant):
+    scale = torch.logspace(-2, 0, N).unsqueeze(1)
+    arguments = quantize(torch.randn(N, K) * scale, blocksize, double_quant).arguments
+    grad = torch.randn(M, N).to(dtype)
+    weight = backend.reference_operator("dequantize_nf4")(*arguments, [N, K], dtype).double()
+    dx = Output(M * K, dtype)
+    operands = (pointer(grad), ctypes.byref(Weight(N * K, *arguments)), DTYPES.index(dtype), pointer(dx.tensor))
+    assert kernels.run_linear_nf4_backward(*operands, integer(M), integer(N), integer(K)) == 0
+    # one rounding, that of dX: every element of W is the dequantized one
+    assert_close(
+        "dx", dx.checked().view(M, K), grad.double() @ weight, {torch.float16: 3e-4, torch.bfloat16: 2.4e-3}[dtype]
+    )
+
+
 def test_unknown_instructions_stop_the_translation():
     with pytest.raises(NotImplementedError, match=r"does not know the PTX instruction cp\.async\.wait_all"):
         translate('asm volatile("cp.async.wait_all ;");\n')

@@ -16,13 +16,17 @@ PTX = {
     "ld.shared.v2.b32": (
         "{{ const uint32_t* q = reinterpret_cast<const uint32_t*>(uintptr_t({0})); threshold = q[0]; below = q[1]; }}"
     ),
-    "prmt.b32": "r = emulated::permute(a, b, selector);",
     "eight of prmt.b32": (  # decode_pairs of linear_sm90.cuh
         "{{ using emulated::permute; const auto &l = table.low, &h = table.high; "
         "const uint32_t low = permute(permute(l.x, l.y, index), permute(l.z, l.w, index), half), "
         "high = permute(permute(h.x, h.y, index), permute(h.z, h.w, index), half); "
         "first = permute(low, high, 0x4051), second = permute(low, high, 0x6273); }}"
     ),
+    "cp.async.cg.shared.global": "emulated::copy(to, from, kBytes, bytes);",
+    "cp.async.ca.shared.global": "emulated::copy(to, from, kBytes, bytes);",
+    "cp.async.commit_group": "emulated::commit_copies();",
+    "cp.async.wait_group": "emulated::wait_for_copies(kPending);",
+    "prmt.b32": "r = emulated::permute(a, b, selector);",
     "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32": (
         "emulated::mma_m16n8k16<__half>(c, a0, a1, a2, a3, b0, b1);"
     ),
@@ -31,12 +35,11 @@ PTX = {
     ),
 }
 
-
 def _ptx(match: re.Match) -> str:
     statement = match[0]
     if '("" :' in statement:
         return ";"  # only keeps the compiler from reordering
-    instruction = re.search(r'"([\w.:]+) ', statement)[1]
+    instruction = re.search(r'"([\w.:]+)[ ;]', statement)[1]
     if instruction == "prmt.b32" and "%11" in statement:
         instruction = "eight of prmt.b32"
     if instruction not in PTX:
@@ -52,8 +55,14 @@ def _shared(match: re.Match) -> str:
 
 def translate(text: str) -> str:
     """C++ of a .cu or .cuh file. Raises NotImplementedError for CUDA that is not emulated."""
-    text = re.sub(r"asm(?: volatile)?\(.*?\);$", _ptx, text, flags=re.S | re.M)
-    text = re.sub(r"extern __shared__ char (\w+)\[\];", r"char* \1 = emulated::dynamic_shared();", text)
+    # what needs a GPU of 9.0 stands beside what does without
+    text = re.sub(r"^#if __CUDA_ARCH__ >= 900\n.*?^#else\n(.*?)^#endif\n", r"\1", text, flags=re.S | re.M)
+    text = re.sub(
+        r"extern __shared__ (?:__align__\(1024\) )?char (\w+)\[\];",
+        r"char* \1 = emulated::dynamic_shared();",
+        text,
+    )
+    text = re.sub(r"asm(?: volatile)?\(.*?\);(?=$| \}$)", _ptx, text, flags=re.S | re.M)
     text = re.sub(r"__shared__ (?:__align__\((\d+)\) )?([\w:<> ]+?) (\w+)((?:\[[^;]*\])+);", _shared, text)
     text = re.sub(
         r"(\w+(?:<[^;<>]*>)?)\s*<<<(.*?), (.*?), 0, stream>>>\((.*?)\);",
@@ -79,11 +88,13 @@ def write_sources(folder: Path, hopper: bool = False) -> list[Path]:
         (target.parent / header.name).write_text(header.read_text())
     sources = []
     for source in sorted((CSRC / "cuda").iterdir()):
+        if any(part in source.name for part in NOT_EMULATED):
+            continue
         if source.suffix == ".h" and source.name != "libtorch_cuda.h":
             (target / source.name).write_text(source.read_text())
         elif source.suffix == ".cuh" and source.name not in ("sm90.cuh", "wgmma.cuh"):
             (target / source.name).write_text('#include "cuda_on_cpu.h"\n' + translate(source.read_text()))
-        elif source.suffix == ".cu" and hopper == _for_hopper(source.name) and "few_rows_sm90" not in source.name:
+        elif source.suffix == ".cu" and hopper == ("sm90" in source.name):
             path = target / source.with_suffix(".cpp").name
             path.write_text('#include "cuda_on_cpu.h"\n' + translate(source.read_text()))
             sources.append(path)
@@ -93,9 +104,7 @@ def write_sources(folder: Path, hopper: bool = False) -> list[Path]:
     return sources
 
 
-def _for_hopper(name: str) -> bool:
-    return "sm90" in name
-
+NOT_EMULATED = ("linear_backward_sm90", "linear_few_rows_sm90")
 
 # What encode of tensor_map.h asks of the driver
 ENCODE = """

@@ -195,6 +195,30 @@ def test_8bit_stays_near_32bit(device):
     assert_close("weight", results[8][1], results[32][1], 5e-2)
 
 
+def test_8bit_is_as_near_to_32bit_as_bitsandbytes(device):
+    """After 50 steps of a noisy gradient, relative to how far the steps went."""
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    start = torch.randn(256, 300, device=device)
+    params = {name: torch.nn.Parameter(start.clone()) for name in ("ours", "theirs", "exact")}
+    options = {"lr": 1e-3, "weight_decay": 0.0}
+    optimizers = {
+        "ours": PagedAdamW([params["ours"]], bits=8, **options),
+        "theirs": bitsandbytes.optim.AdamW8bit([params["theirs"]], **options),
+        "exact": torch.optim.AdamW([params["exact"]], **options),
+    }
+    generator = torch.Generator().manual_seed(0)
+    slope = torch.randn(256, 300, generator=generator) * torch.logspace(-3, 0, 300)
+    for _ in range(50):
+        grad = (slope + torch.randn(256, 300, generator=generator) * slope.abs()).to(device)
+        for name, optimizer in optimizers.items():
+            params[name].grad = grad.clone()
+            optimizer.step()
+    way = (params["exact"] - start).detach().norm()
+    errors = {name: float((p - params["exact"]).detach().norm() / way) for name, p in params.items()}
+    assert errors["ours"] <= 1.1 * errors["theirs"]
+    assert 0 < errors["ours"] < 0.3
+
+
 @pytest.mark.parametrize("option", ["master_weights", "stochastic_rounding", None])
 def test_small_steps_of_bfloat16(device, option):
     """Steps of a fiftieth of an ulp are lost when rounded to nearest, and kept by the two answers to that."""

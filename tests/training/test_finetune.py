@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import load_file
 
 from qlora_engine.training import FinetuneOptions, Interrupted, UsageError
+from qlora_engine.training.data import load_rows
 from qlora_engine.training.errors import DataError, MemoryShortage, ModelError, OptionError
 from qlora_engine.training.finetune import finetune
 from qlora_engine.training.recipe import build_trainer, load_model
@@ -103,10 +104,12 @@ def test_loss_is_that_of_the_completion_alone(options, tiny_model, tmp_path):
     assert losses(tmp_path / "out", "eval_loss")[0] == pytest.approx(expected, rel=1e-5)
 
 
-def test_interrupted_and_resumed_equals_uninterrupted(options, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("optimizer", "r"), [("paged_adamw", 4), ("paged_adamw_8bit", 64), ("adamw_fused", 4)])
+def test_interrupted_and_resumed_equals_uninterrupted(options, tmp_path, monkeypatch, optimizer, r):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     # dropout and accumulation: random states and the data's order must come back as well
     settings = {"dropout": 0.2, "grad_accum": 2, "max_steps": 7, "eval_every": 3, "lr_schedule": "cosine"}
+    settings |= {"optimizer": optimizer, "r": r}  # of smaller tensors the state is kept in 32 bits
     finetune(options(output=str(whole), **settings))
     with monkeypatch.context() as patch:
         InterruptAt(patch, step=4)
@@ -207,6 +210,27 @@ def test_gradient_checkpointing_changes_nothing(options, tmp_path):
     finetune(options(output=str(tmp_path / "b"), gradient_checkpointing="on"))
     a, b = adapter(tmp_path / "a"), adapter(tmp_path / "b")
     assert all(torch.allclose(a[name], b[name], atol=1e-5) for name in a)
+
+
+def test_every_optimizer_trains_alike(options, tmp_path):
+    curves = {}
+    for name in ("adamw_fused", "adamw_foreach", "paged_adamw", "paged_adamw_8bit"):
+        finetune(options(output=str(tmp_path / name), optimizer=name, samples=0, r=64))
+        curves[name] = torch.tensor(list(losses(tmp_path / name).values()))
+    for name, curve in curves.items():
+        bound = 0.05 if name == "paged_adamw_8bit" else 1e-4
+        assert (curve - curves["adamw_foreach"]).abs().max() < bound, name
+
+
+def test_lora_plus_lets_b_learn_faster(options, tiny_model):
+    settings = options(lora_plus=16.0)
+    model, tokenizer = load_model(settings, tiny_model, torch.device("cpu"), torch.float32)
+    rows = load_rows(settings.data)
+    trainer = build_trainer(settings, model, tokenizer, rows, None, torch.device("cpu"), torch.float32)
+    rates = {id(p): group["lr"] for group in trainer.create_optimizer().param_groups for p in group["params"]}
+    for name, param in model.named_parameters():
+        if param.requires_grad:
+            assert rates[id(param)] == settings.learning_rate * (16 if "lora_B" in name else 1), name
 
 
 def test_without_held_out_rows(options, tmp_path):

@@ -28,11 +28,13 @@ def test_every_option_has_a_flag_and_a_yaml_key_that_say_the_same(tmp_path):
         if isinstance(default, bool):
             changed[spec.name] = not default
         elif spec.metadata["choices"]:
-            changed[spec.name] = spec.metadata["choices"][-1]
+            changed[spec.name] = next(c for c in spec.metadata["choices"] if c != default)
         elif isinstance(default, int):
             changed[spec.name] = 2 * default or 3
         elif isinstance(default, float):
             changed[spec.name] = default / 2 or 0.25
+        elif spec.type == float | None:
+            changed[spec.name] = 1.5
         elif isinstance(default, list):
             changed[spec.name] = ["q_proj", "v_proj"]
         else:
@@ -83,6 +85,8 @@ def test_a_single_target_may_be_written_without_a_list(tmp_path):
         ("blocksize: 48", "expected a power of two"),
         ("resume: true\noverwrite: true", "contradict each other"),
         ("model: ''", "no model was given; pass --model"),
+        ("optimizer: adamw_fused\noptimizer_gpu_gib: 1", "whose state does not leave the GPU; choose paged_adamw"),
+        ("lora_plus: 0", "expected more than 0"),
         ("- a", "holds a list; expected `name: value` lines"),
         ("r: [", "is not valid YAML"),
     ],

@@ -1,0 +1,16 @@
+"""Parameter-efficient methods behind one call: `apply(model, BitFit())`."""
+
+from qlora_engine.peft.base import METHODS, Method, MethodConfig, MethodError, MethodReport, applied, apply, load
+from qlora_engine.peft.bitfit import BitFit
+
+__all__ = [
+    "METHODS",
+    "BitFit",
+    "Method",
+    "MethodConfig",
+    "MethodError",
+    "MethodReport",
+    "applied",
+    "apply",
+    "load",
+]

@@ -1,0 +1,239 @@
+"""dX = dY W fused with decoding, on the GPU: every path and plan against float64 and against dequantize + cuBLAS."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from qlora_engine import ops, quantize
+from tests.numerics import RELATIVE_RMS, assert_close, relative_rms
+
+pytestmark = pytest.mark.gpu
+
+HALF_TYPES = [torch.bfloat16, torch.float16]
+SINGLE, PAIRS = "1,1,8", "2,1,8"  # cluster, parts of the sum, token tiles together: QLORA_ENGINE_BACKWARD_PLAN
+
+
+def sm_90() -> bool:
+    return torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
+
+
+needs_sm_90 = pytest.mark.skipif(not sm_90(), reason="the kernel needs compute capability 9.0")
+
+
+@pytest.fixture
+def plan(monkeypatch):
+    """Sets which plan the kernel for many rows takes; `plan(None)`: dequantize + cuBLAS."""
+
+    def choose(value: str | None) -> None:
+        monkeypatch.setenv("QLORA_ENGINE_LINEAR", "dequantize" if value is None else "fused")
+        if value is not None:
+            monkeypatch.setenv("QLORA_ENGINE_BACKWARD_PLAN", value)
+
+    return choose
+
+
+def random_weight(N, K, blocksize=64, double_quant=True):
+    """Scales over three orders of magnitude, so that a wrong one shows."""
+    scale = torch.logspace(-3, 0, N, device="cuda").unsqueeze(1)
+    return quantize(torch.randn(N, K, device="cuda") * scale, blocksize, double_quant)
+
+
+def poison(M, K, dtype):
+    """Leaves NaN where the next tensor of this size will be allocated."""
+    torch.full((M, K), float("nan"), device="cuda", dtype=dtype)
+
+
+def backward(grad, w4):
+    poison(grad.shape[0], w4.shape[1], grad.dtype)
+    return ops.linear_nf4_backward(grad, *w4.arguments, w4.shape[1])
+
+
+def check(M, w4, dtype):
+    """dX of M rows is within the rounding of the dtype; returns it with dY and the decoded weight."""
+    N, _ = w4.shape
+    grad = torch.randn(M, N, device="cuda", dtype=dtype)
+    weight = w4.dequantize(dtype)
+    dx = backward(grad, w4)
+    expected = grad.double() @ weight.double()
+    assert_close("dx", dx, expected, max(1.02 * relative_rms(grad @ weight, expected), 1e-7))
+    assert torch.equal(dx, backward(grad, w4))
+    return dx, grad, weight
+
+
+def by_cublas(grad, weight):
+    """dY W in one sum: of few rows cuBLAS cuts long sums into parts, of 2048 and more of these shapes it does not."""
+    M = grad.shape[0]
+    return (grad.repeat(-(-2048 // M), 1) @ weight)[:M]
+
+
+# Many rows
+
+
+@needs_sm_90
+@pytest.mark.parametrize("chosen", [SINGLE, PAIRS])
+@pytest.mark.parametrize(("N", "K"), [(64, 64), (72, 128), (1000, 384), (1032, 320)])
+@pytest.mark.parametrize("M", [65, 256, 257, 513, 1000])
+@pytest.mark.parametrize("dtype", HALF_TYPES)
+def test_equals_cublas_bit_for_bit(plan, dtype, M, N, K, chosen, poisoned_memory):
+    plan(chosen)
+    dx, grad, weight = check(M, random_weight(N, K), dtype)
+    assert torch.equal(dx, by_cublas(grad, weight))
+
+
+@needs_sm_90
+@pytest.mark.parametrize("double_quant", [True, False])
+@pytest.mark.parametrize("blocksize", [64, 128, 256, 4096])
+@pytest.mark.parametrize("chosen", [SINGLE, PAIRS])
+@pytest.mark.parametrize("dtype", HALF_TYPES)
+def test_every_block_size(plan, dtype, chosen, blocksize, double_quant, poisoned_memory):
+    """Also where a block goes over the end of a row: 640 columns are not whole blocks."""
+    plan(chosen)
+    dx, grad, weight = check(300, random_weight(136, 640, blocksize, double_quant), dtype)
+    assert torch.equal(dx, by_cublas(grad, weight))
+
+
+@needs_sm_90
+@pytest.mark.parametrize("chosen", ["1,2,8", "2,2,4", "1,3,8", "2,5,2", "1,8,1", "2,8,8"])
+@pytest.mark.parametrize(("M", "N", "K"), [(65, 520, 192), (700, 1024, 512), (1025, 2048, 256), (100, 4096, 1024)])
+def test_parts_of_the_sum(plan, M, N, K, chosen, poisoned_memory):
+    plan(chosen)
+    check(M, random_weight(N, K), torch.bfloat16)
+
+
+@needs_sm_90
+@pytest.mark.parametrize("chosen", [SINGLE, PAIRS, "1,3,8", "2,3,8"])
+def test_repeats_bit_for_bit(plan, chosen):
+    plan(chosen)
+    w4 = random_weight(4096, 2048)
+    grad = torch.randn(2100, 4096, device="cuda", dtype=torch.bfloat16)
+    first = backward(grad, w4)
+    assert all(torch.equal(first, backward(grad, w4)) for _ in range(10))
+
+
+# Few rows
+
+
+@pytest.mark.parametrize(("N", "K"), [(4, 64), (20, 192), (64, 256), (100, 448), (1028, 1088), (4096, 4096)])
+@pytest.mark.parametrize("M", [1, 2, 7, 8, 9, 16, 17, 31, 32, 33, 50, 64])
+@pytest.mark.parametrize("dtype", HALF_TYPES)
+def test_few_rows(plan, dtype, M, N, K, poisoned_memory):
+    plan(SINGLE)
+    check(M, random_weight(N, K), dtype)
+
+
+@pytest.mark.parametrize("double_quant", [True, False])
+@pytest.mark.parametrize("blocksize", [64, 128, 512, 4096])
+@pytest.mark.parametrize("M", [3, 12, 24, 40])
+@pytest.mark.parametrize("dtype", HALF_TYPES)
+def test_few_rows_with_every_block_size(plan, dtype, M, blocksize, double_quant, poisoned_memory):
+    plan(SINGLE)
+    check(M, random_weight(140, 704, blocksize, double_quant), dtype)
+
+
+@pytest.mark.parametrize("M", [1, 16, 64])
+def test_few_rows_hold_no_decoded_weight(M):
+    w4 = random_weight(4096, 4096)
+    grad = torch.randn(M, 4096, device="cuda", dtype=torch.bfloat16)
+    backward(grad, w4)
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    ops.linear_nf4_backward(grad, *w4.arguments, 4096)
+    assert torch.cuda.max_memory_allocated() - before <= 2 * M * 4096 * 2  # a decoded weight would be 32 MiB
+
+
+# Both
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    M=st.integers(1, 700),
+    N=st.integers(1, 80).map(lambda n: 8 * n),
+    K=st.integers(1, 12).map(lambda k: 64 * k),
+    blocksize=st.sampled_from([64, 128, 1024]),
+    double_quant=st.booleans(),
+    dtype=st.sampled_from(HALF_TYPES),
+    cluster=st.integers(1, 2),
+    splits=st.integers(1, 4),
+)
+def test_random_shapes(M, N, K, blocksize, double_quant, dtype, cluster, splits):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("QLORA_ENGINE_LINEAR", "fused")
+        patch.setenv("QLORA_ENGINE_BACKWARD_PLAN", f"{cluster},{splits},4")
+        check(M, random_weight(N, K, blocksize, double_quant), dtype)
+
+
+@pytest.mark.parametrize("M", [5, 100, 300])
+@pytest.mark.parametrize("dtype", [*HALF_TYPES, torch.float32])
+@pytest.mark.parametrize(
+    ("N", "K", "blocksize"), [(63, 128, 64), (70, 128, 64), (64, 100, 64), (64, 96, 32), (64, 77, 64)]
+)
+def test_what_does_not_fit_is_dequantized(plan, N, K, blocksize, dtype, M, poisoned_memory):
+    plan(SINGLE)
+    check(M, random_weight(N, K, blocksize), dtype)
+
+
+@pytest.mark.parametrize("M", [6, 300])
+@pytest.mark.parametrize("chosen", [SINGLE, PAIRS])
+def test_any_address(plan, chosen, M, poisoned_memory):
+    plan(chosen)
+    w4 = random_weight(128, 256)
+    packed, *scales = w4.arguments
+    grad = torch.randn(M, 128, device="cuda", dtype=torch.bfloat16)
+    expected = backward(grad, w4).double()
+
+    def misaligned(t):
+        longer = torch.empty(t.numel() + 1, dtype=t.dtype, device="cuda")
+        longer[1:] = t.reshape(-1)
+        return longer[1:].view(t.shape)
+
+    strided = torch.randn(M, 300, device="cuda", dtype=torch.bfloat16)
+    strided[:, 7:135] = grad
+    codes, *nested = scales
+    for arguments in (
+        (misaligned(grad), packed, *scales),
+        (grad, misaligned(packed), *scales),
+        (grad, packed, misaligned(codes), *nested),
+        (strided[:, 7:135], packed, *scales),
+    ):
+        assert_close("dx", ops.linear_nf4_backward(*arguments, 256), expected, RELATIVE_RMS[torch.bfloat16])
+
+
+@pytest.mark.parametrize("M", [4, 300])
+@pytest.mark.parametrize("chosen", [SINGLE, PAIRS, "1,2,8"])
+def test_scales_that_are_not_finite_stay_in_their_columns(plan, chosen, M):
+    """An infinite scale makes NaN of its 64 columns, as in a dequantized weight, and of no others."""
+    plan(chosen)
+    w4 = random_weight(72, 256, double_quant=False)
+    packed, absmax, *rest = w4.arguments
+    absmax = absmax.clone()
+    absmax[-2] = float("inf")  # of the last row, columns 128 to 191
+    grad = torch.randn(M, 72, device="cuda", dtype=torch.bfloat16)
+    dx = ops.linear_nf4_backward(grad, packed, absmax, *rest, 256)
+    assert not torch.isfinite(dx[:, 128:192]).any()
+    assert torch.isfinite(dx[:, :128]).all()
+    assert torch.isfinite(dx[:, 192:]).all()
+
+
+@needs_sm_90
+@pytest.mark.parametrize(("M", "chosen"), [(8, SINGLE), (64, SINGLE), (300, SINGLE), (600, PAIRS), (300, "1,4,8")])
+def test_graph_replays_with_new_gradients(plan, M, chosen):
+    plan(chosen)
+    w4 = random_weight(1024, 512)
+    grad = torch.randn(M, 1024, device="cuda", dtype=torch.bfloat16)
+    backward(grad, w4)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = ops.linear_nf4_backward(grad, *w4.arguments, 512)
+    for _ in range(3):
+        grad.normal_()
+        graph.replay()
+        assert torch.equal(captured, backward(grad, w4))
+
+
+@pytest.mark.parametrize("value", ["", "fast", "Fused"])
+def test_unknown_paths_are_refused(monkeypatch, value):
+    monkeypatch.setenv("QLORA_ENGINE_LINEAR", value)
+    w4 = random_weight(64, 64)
+    with pytest.raises(RuntimeError, match="expected auto, fused or dequantize"):
+        backward(torch.randn(4, 64, device="cuda", dtype=torch.bfloat16), w4)
