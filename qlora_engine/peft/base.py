@@ -132,6 +132,10 @@ class Method(abc.ABC):
         """
         raise MethodError(f"{cls.config_class.name} adapters of PEFT cannot be loaded here")
 
+    def folded(self) -> tuple[MethodConfig, dict[str, torch.Tensor]]:
+        """Settings and tensors of its file, without what only training needs. Default: its own."""
+        return self.config, self.tensors()
+
     def notes(self) -> dict[str, Any]:
         """What the report says beside the counts."""
         return {}
@@ -212,8 +216,9 @@ class Method(abc.ABC):
 
         found = self.to_peft()
         if found is None:
-            own = {"method": self.name, "config": dataclasses.asdict(self.config)}
-            found = {"peft_type": OWN_FORMAT} | own, self.state_dict()
+            settings, tensors = self.folded()
+            own = {"method": self.name, "config": dataclasses.asdict(settings)}
+            found = {"peft_type": OWN_FORMAT} | own, tensors
         config, tensors = found
         tensors = {name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}
         with atomic_files(folder) as temporary:
@@ -229,7 +234,7 @@ class Method(abc.ABC):
             method=self.name,
             trainable=sum(p.numel() for p in self.trainable_parameters().values()),
             total=sum(packed.get(id(p), p.numel()) for p in base),
-            saved_bytes=sum(t.nbytes for t in self.tensors().values()),
+            saved_bytes=sum(t.nbytes for t in self.folded()[1].values()),
             notes=self.notes(),
         )
 

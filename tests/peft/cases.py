@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 import qlora_engine as qe
-from qlora_engine.peft import BitFit, MethodConfig
+from qlora_engine.peft import BitFit, MethodConfig, PromptTuning
 from tests.models.tiny import bert, gpt2, llama
 
 MODELS = {"llama": llama, "gpt2": gpt2, "bert": bert}
@@ -32,6 +32,8 @@ class Case:
 CASES = {
     "bitfit": Case(BitFit(add_missing=True)),
     "bitfit, own biases": Case(BitFit(), models=("gpt2", "bert")),
+    "prompt tuning": Case(PromptTuning(num_virtual_tokens=5), changes_at_once=True),
+    "prompt tuning, vocabulary": Case(PromptTuning(num_virtual_tokens=3, init="vocabulary"), changes_at_once=True),
 }
 
 
