@@ -2,6 +2,7 @@
 
 from qlora_engine.peft.base import METHODS, Method, MethodConfig, MethodError, MethodReport, applied, apply, load
 from qlora_engine.peft.bitfit import BitFit
+from qlora_engine.peft.p_tuning import PTuning
 from qlora_engine.peft.prompt_tuning import PromptTuning
 
 __all__ = [
@@ -11,6 +12,7 @@ __all__ = [
     "MethodConfig",
     "MethodError",
     "MethodReport",
+    "PTuning",
     "PromptTuning",
     "applied",
     "apply",

@@ -1,4 +1,3 @@
-import peft as theirs
 import pytest
 import torch
 
@@ -6,6 +5,8 @@ from qlora_engine import peft
 from qlora_engine.peft import PromptTuning
 from tests.peft.cases import build, inputs, logits
 from tests.peft.virtual import Words, check_peft_reads, check_reads_peft
+
+theirs = pytest.importorskip("peft")
 
 
 @pytest.mark.parametrize("packed", [False, True])

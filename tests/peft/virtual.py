@@ -1,6 +1,6 @@
 """What the tests of methods with virtual tokens share."""
 
-import peft as theirs
+import pytest
 import torch
 
 from qlora_engine import peft
@@ -34,6 +34,7 @@ def disturb(tensors):
 
 def check_peft_reads(config, name, packed, folder):
     """A file saved here gives PEFT the same logits, and the same generation."""
+    theirs = pytest.importorskip("peft")
     net = build(name, packed)
     method = peft.apply(net, config)
     disturb(method.trainable_parameters().values())
@@ -50,6 +51,7 @@ def check_peft_reads(config, name, packed, folder):
 
 def check_reads_peft(config, name, folder):
     """A file saved by PEFT gives the same logits and, with labels, the same loss here."""
+    theirs = pytest.importorskip("peft")
     their_model = theirs.get_peft_model(build(name, False), config).eval()
     disturb(p for p in their_model.parameters() if p.requires_grad)
     their_model.save_pretrained(folder)
