@@ -105,7 +105,8 @@ def word_vectors(embeddings: nn.Module, ids: Sequence[int]) -> torch.Tensor:
     return embeddings(torch.tensor(ids, device=embeddings.weight.device)).float()
 
 
-def _repeated(rows: torch.Tensor, count: int) -> torch.Tensor:
+def repeated(rows: torch.Tensor, count: int) -> torch.Tensor:
+    """The rows one after the other, and again from the first, until they are `count`."""
     return rows[torch.arange(count, device=rows.device) % len(rows)]
 
 
@@ -121,11 +122,11 @@ def _vocabulary(config: PromptTuning, embeddings: nn.Module) -> torch.Tensor:
         return word_vectors(embeddings, drawn.tolist())
     words = [config.init_words] if isinstance(config.init_words, str) else config.init_words
     means = torch.stack([word_vectors(embeddings, token_ids(config.tokenizer, word)).mean(0) for word in words])
-    return _repeated(means.mean(0, keepdim=True) if config.average else means, config.num_virtual_tokens)
+    return repeated(means.mean(0, keepdim=True) if config.average else means, config.num_virtual_tokens)
 
 
 def _text(config: PromptTuning, embeddings: nn.Module) -> torch.Tensor:
-    return _repeated(
+    return repeated(
         word_vectors(embeddings, token_ids(config.tokenizer, config.init_text)), config.num_virtual_tokens
     )
 

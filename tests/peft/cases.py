@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 import qlora_engine as qe
-from qlora_engine.peft import BitFit, MethodConfig, PromptTuning, PTuning
+from qlora_engine.peft import BitFit, MethodConfig, PrefixTuning, PromptTuning, PTuning
 from tests.models.tiny import bert, gpt2, llama
 
 MODELS = {"llama": llama, "gpt2": gpt2, "bert": bert}
@@ -37,6 +37,8 @@ CASES = {
     "p-tuning, lstm": Case(PTuning(num_virtual_tokens=5, encoder_hidden_size=24), changes_at_once=True),
     "p-tuning, mlp": Case(PTuning(num_virtual_tokens=3, encoder="mlp"), changes_at_once=True),
     "p-tuning, anchors": Case(PTuning(template=[2, [7, 9], 3], encoder="mlp"), changes_at_once=True),
+    "prefix tuning": Case(PrefixTuning(num_virtual_tokens=5), changes_at_once=True),
+    "prefix tuning, mlp": Case(PrefixTuning(num_virtual_tokens=3, reparametrise=True), changes_at_once=True),
 }
 
 
