@@ -17,6 +17,7 @@ from qlora_engine.models.peft_format import CONFIG_FILE, WEIGHTS_FILE, read_tens
 from qlora_engine.nn import NF4Linear
 
 OWN_FORMAT = "QLORA_ENGINE"  # peft_type in the files of methods that PEFT does not have
+METHOD_KEY = "qlora_engine_method"  # in PEFT's configuration, where one peft_type is that of several methods
 _ATTRIBUTE = "_qlora_methods"
 
 
@@ -325,7 +326,9 @@ def load(model: nn.Module, folder: str | os.PathLike) -> Method:
         except (KeyError, TypeError, ValueError) as error:
             raise MethodError(f"{path}: the settings do not fit {saved['method']}: {error}") from error
     else:
-        cls = next((m for m in METHODS.values() if m.peft_type == kind), None)
+        named = METHODS.get(saved.get(METHOD_KEY))
+        known = [named] if named is not None else METHODS.values()
+        cls = next((m for m in known if m.peft_type == kind), None)
         if cls is None:
             raise MethodError(f"{path}: peft_type {kind!r} is not known here")
         config, tensors = cls.from_peft(saved, tensors)

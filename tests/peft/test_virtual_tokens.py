@@ -7,12 +7,17 @@ import torch
 
 import qlora_engine as qe
 from qlora_engine import peft
-from qlora_engine.peft import BitFit, PrefixTuning, PromptTuning, PTuning
+from qlora_engine.peft import BitFit, PrefixTuning, PromptTuning, PTuning, PTuningV2
 from tests.models.tiny import t5
 from tests.peft.cases import build, inputs, logits
 from tests.peft.virtual import disturb
 
-METHODS = {"prompt_tuning": PromptTuning, "p_tuning": PTuning, "prefix_tuning": PrefixTuning}
+METHODS = {
+    "prompt_tuning": PromptTuning,
+    "p_tuning": PTuning,
+    "prefix_tuning": PrefixTuning,
+    "p_tuning_v2": PTuningV2,
+}
 every = pytest.mark.parametrize("config", METHODS.values(), ids=METHODS)
 causal = pytest.mark.parametrize("name", ["llama", "gpt2"])
 GENERATE = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
