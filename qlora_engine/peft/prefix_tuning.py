@@ -178,14 +178,13 @@ class PrefixTuningMethod(VirtualTokensMethod):
 
     def _supply(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]):
         """Gives an attention layer the prefix where the model has taken the cache away."""
-        again = torch._C._current_graph_task_id() != -1  # in a backward pass: a checkpoint is computed anew
-        if not (self._active or again):
+        if not self._active and not _in_backward():  # there, a checkpoint is computed anew
             return None
         names, cache = self._names[type(module)]
         given = dict(zip(names, args, strict=False)) | kwargs
         if given.get(cache) is not None:
             return None
-        if self._active and not again and torch.is_grad_enabled() != self._graded:
+        if self._active and torch.is_grad_enabled() != self._graded:
             raise MethodError(
                 f"gradient checkpointing that is reentrant would leave {self.name} without gradients; enable it with "
                 'gradient_checkpointing_kwargs={"use_reentrant": False}'
@@ -216,6 +215,10 @@ class PrefixTuningMethod(VirtualTokensMethod):
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_caches": {}, "_active": False}
+
+
+def _in_backward() -> bool:
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
 def _heads(config) -> tuple[int, int]:

@@ -167,10 +167,14 @@ class VirtualTokensMethod(Method):
                 f"{self._count} virtual tokens and {total - self._count} of the text are more than the context of "
                 f"{type(module).__name__}, {self._limit} tokens"
             )
-        if mask is not None and mask.shape[1] < total:
+        positions, tokens = given.get("position_ids"), total - self._count  # of the text, cached and new
+        if mask is not None:
+            _check_tokens("the attention mask", mask.shape[1], tokens)
             given["attention_mask"] = torch.cat([mask.new_ones(batch, self._count), mask], 1)
-        if given.get("position_ids") is not None:  # those of the text
-            given["position_ids"] = given["position_ids"] + self._count
+        elif positions is not None and not first and not torch.compiler.is_compiling():
+            _check_tokens("position_ids", int(positions.max()) + 1, tokens)
+        if positions is not None:
+            given["position_ids"] = positions + self._count
         self._rows = self._place(given, batch) if first else 0
         if self._rows:
             self._extend_rows(given, batch, length)
@@ -263,6 +267,15 @@ class VirtualTokensMethod(Method):
 
 
 _PEFT_PREFIX = "base_model."
+
+
+def _check_tokens(what: str, given: int, expected: int) -> None:
+    """Raises where virtual tokens in a cache were taken for tokens of the text, as `generate` does."""
+    if given != expected:
+        raise MethodError(
+            f"{what} counts {given} tokens of the text; there are {expected}, in the cache and new. To generate from "
+            "an earlier cache, pass the tokens that are not in it yet, and an attention mask for the whole text"
+        )
 
 
 class Folded(nn.Module):

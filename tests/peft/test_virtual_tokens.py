@@ -64,6 +64,71 @@ def test_a_cache_goes_on_where_it_was_left(name, config):
 
 @every
 @causal
+def test_generate_goes_on_from_an_earlier_cache(name, config):
+    net, _ = applied(name, config)
+    ids = inputs(name)["input_ids"]
+    more = torch.cat([ids, ids.flip(1)], 1)
+    expected = net.generate(more, attention_mask=torch.ones_like(more), **GENERATE)
+
+    def start():
+        with torch.no_grad():
+            return net(ids, use_cache=True).past_key_values
+
+    mask = torch.ones_like(more)
+    found = net.generate(more[:, 12:], attention_mask=mask, past_key_values=start(), **GENERATE)
+    assert torch.equal(found, expected[:, 12:])
+    # given the whole text, `generate` takes the virtual tokens in the cache for the text's: this is noticed
+    with pytest.raises(peft.MethodError, match="pass the tokens that are not in it yet"):
+        net.generate(more, attention_mask=mask, past_key_values=start(), **GENERATE)
+
+
+@every
+@causal
+def test_other_ways_to_generate(name, config):
+    net, _ = applied(name, config)
+    ids = inputs(name)["input_ids"][:1]
+    options = GENERATE | {"attention_mask": torch.ones_like(ids)}
+    expected = net.generate(ids, **options)
+    assert torch.equal(net.generate(ids, prefill_chunk_size=5, **options), expected)
+    assert torch.equal(net.generate(ids, prompt_lookup_num_tokens=2, **options), expected)
+
+
+@every
+@causal
+def test_compiled(name, config):
+    torch._dynamo.reset()
+    net, method = applied(name, config)
+    batch = inputs(name)
+    whole = name == "llama" and config is not PTuning  # an LSTM, or a warning of transformers, breaks the graph
+    compiled = torch.compile(net, backend="aot_eager", fullgraph=whole)
+
+    def gradients(model):
+        net.zero_grad()
+        model(**batch).loss.backward()
+        return [p.grad.clone() for p in method.trainable_parameters().values()]
+
+    for mine, expected in zip(gradients(compiled), gradients(net), strict=True):
+        torch.testing.assert_close(mine, expected, rtol=1e-4, atol=1e-7)
+
+
+@every
+@causal
+def test_a_failed_pass_leaves_nothing_behind(name, config):
+    net, _ = applied(name, config)
+    ids = inputs(name)["input_ids"]
+    expected = net(ids).logits
+    table = net.get_input_embeddings()
+    rows = table(ids)
+    with pytest.raises(IndexError):
+        net(torch.full_like(ids, 500))
+    with pytest.raises(Exception, match=r"labels|shape|size|batch"):
+        net(ids, labels=torch.zeros(2, 3, dtype=torch.long))
+    assert torch.equal(table(ids), rows)
+    assert torch.equal(net(ids).logits, expected)
+
+
+@every
+@causal
 def test_beams_and_several_answers(name, config):
     net, _ = applied(name, config)
     ids = inputs(name)["input_ids"]
