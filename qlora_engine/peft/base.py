@@ -166,6 +166,17 @@ class Method(abc.ABC):
             if before:
                 self.enable()
 
+    @contextlib.contextmanager
+    def _taking_part(self) -> Iterator[None]:
+        """Where values of the base are exchanged on `disable`: `tensors` are what was learnt inside the context."""
+        before = self.enabled
+        self.enable()
+        try:
+            yield
+        finally:
+            if not before:
+                self.disable()
+
     def remove(self) -> nn.Module:
         """Undoes `apply`; returns the model. Base weights are the bits they were before.
 
@@ -182,7 +193,8 @@ class Method(abc.ABC):
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """Copies of `tensors` in CPU memory, contiguous."""
-        return {name: t.detach().cpu().contiguous().clone() for name, t in self.tensors().items()}
+        with self._taking_part():
+            return {name: t.detach().cpu().contiguous().clone() for name, t in self.tensors().items()}
 
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
         """Writes `state` into `tensors`.
@@ -204,8 +216,8 @@ class Method(abc.ABC):
                     f"{self.name}: {name} is {theirs.dtype} {tuple(theirs.shape)} in the file; this model needs "
                     f"{tensor.dtype} {tuple(tensor.shape)}"
                 )
-        with torch.no_grad():
-            for name, tensor in own.items():
+        with self._taking_part(), torch.no_grad():
+            for name, tensor in self.tensors().items():
                 tensor.copy_(state[name])
 
     def save(self, folder: str | os.PathLike) -> None:
@@ -215,13 +227,14 @@ class Method(abc.ABC):
         """
         from safetensors.torch import save_file
 
-        found = self.to_peft()
-        if found is None:
-            settings, tensors = self.folded()
-            own = {"method": self.name, "config": dataclasses.asdict(settings)}
-            found = {"peft_type": OWN_FORMAT} | own, tensors
-        config, tensors = found
-        tensors = {name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}
+        with self._taking_part():
+            found = self.to_peft()
+            if found is None:
+                settings, tensors = self.folded()
+                own = {"method": self.name, "config": dataclasses.asdict(settings)}
+                found = {"peft_type": OWN_FORMAT} | own, tensors
+            config, tensors = found
+            tensors = {name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}
         with atomic_files(folder) as temporary:
             (temporary / CONFIG_FILE).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
             save_file(tensors, temporary / WEIGHTS_FILE, metadata={"format": "pt"})

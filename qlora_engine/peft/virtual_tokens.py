@@ -7,6 +7,7 @@ the virtual positions out of the logits, so that these are the text's again. `ge
 because the virtual tokens enter with the first pass and stay in the cache.
 """
 
+import abc
 import dataclasses
 import inspect
 from typing import Any, ClassVar
@@ -21,6 +22,7 @@ from qlora_engine.peft.values import TrainedValues
 
 IGNORED = -100  # label that a loss leaves out
 FOLDED = "prompt_embeddings"  # PEFT's name, in files, of what a prompt encoder computes
+_PEFT_PREFIX = "base_model."  # of the head's tensors in PEFT's files
 _PER_POSITION = ("logits", "start_logits", "end_logits", "last_hidden_state")
 
 
@@ -45,17 +47,17 @@ class VirtualTokensMethod(Method):
 
     config: VirtualTokensConfig
 
+    @abc.abstractmethod
     def _make_encoder(self) -> nn.Module:
         """The module that computes the virtual tokens, of no arguments; float32, on any device.
 
         Raises:
             MethodError: where settings do not fit the model.
         """
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def _place(self, given: dict[str, Any], batch: int) -> int:
         """Puts the virtual tokens into the arguments of a first forward pass; returns how many rows of input."""
-        raise NotImplementedError
 
     def _check_model(self) -> None:
         model, config = self.model, self.config
@@ -264,9 +266,6 @@ class VirtualTokensMethod(Method):
             raise MethodError("the file has virtual tokens for an encoder and a decoder, which is not supported")
         named = {name.removeprefix(_PEFT_PREFIX): t for name, t in tensors.items()}
         return cls.config_class(num_virtual_tokens=len(values), train_head=len(named) > 1), named
-
-
-_PEFT_PREFIX = "base_model."
 
 
 def _check_tokens(what: str, given: int, expected: int) -> None:

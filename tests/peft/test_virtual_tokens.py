@@ -1,9 +1,11 @@
 """What holds for every method with virtual tokens."""
 
 import copy
+import json
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import qlora_engine as qe
 from qlora_engine import peft
@@ -306,3 +308,35 @@ def test_works_in_sixteen_bits(config):
     assert all(torch.isfinite(p.grad).all() for p in method.trainable_parameters().values())
     ids = inputs("llama")["input_ids"]
     assert net.generate(ids, attention_mask=torch.ones_like(ids), **GENERATE).shape == (3, 17)
+
+
+@every
+def test_files_that_do_not_fit_are_refused(config, tmp_path):
+    _, method = applied("bert", config)
+    method.save(tmp_path)
+    settings = json.loads((tmp_path / "adapter_config.json").read_text())
+    longer = build("bert", False)
+    with pytest.raises(peft.MethodError, match="unexpected: classifier"):
+        peft.load(build("llama", False), tmp_path)
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    save_file(tensors | {"prompt_embeddings": torch.zeros(4, 7)}, tmp_path / "adapter_model.safetensors")
+    with pytest.raises(peft.MethodError, match="this model needs"):
+        peft.load(longer, tmp_path)
+    save_file({"nonsense": torch.zeros(1)}, tmp_path / "adapter_model.safetensors")
+    with pytest.raises(peft.MethodError, match="holds no prompt_embeddings"):
+        peft.load(longer, tmp_path)
+    save_file(tensors, tmp_path / "adapter_model.safetensors")
+    (tmp_path / "adapter_config.json").write_text(json.dumps(settings | {"num_transformer_submodules": 2}))
+    with pytest.raises(peft.MethodError, match="an encoder and a decoder"):
+        peft.load(longer, tmp_path)
+    assert peft.applied(longer) == []
+    assert not longer._forward_pre_hooks
+
+
+@every
+def test_a_head_in_four_bits_is_refused(config):
+    net = build("bert", False)
+    qe.prepare(net, qe.QLoRAConfig(r=0, skip_modules=["query"]))
+    with pytest.raises(peft.MethodError, match=r"classifier is in 4 bits.*train_head=False"):
+        peft.apply(net, config(num_virtual_tokens=4))
+    peft.apply(net, config(num_virtual_tokens=4, train_head=False))
