@@ -11,7 +11,7 @@ from qlora_engine.peft.base import MethodError, register
 from qlora_engine.peft.prompt_tuning import repeated, token_ids, word_vectors
 from qlora_engine.peft.virtual_tokens import Folded, VirtualTokensConfig, VirtualTokensMethod
 
-INITS = ("random", "text")
+INITS = ("random", "vocabulary", "text")
 _CACHE_NAMES = ("past_key_values", "layer_past")  # what attention layers call the cache
 
 
@@ -28,9 +28,12 @@ class PrefixTuning(VirtualTokensConfig):
         reparametrise: trains an embedding and an MLP that compute the prefix, `W2 tanh(W1 e)`, which the paper found
             steadier. A file holds what they compute.
         encoder_hidden_size: width of that MLP inside; default: heads * head_dim.
-        init: "random", or "text": the keys and values of `init_text` in the model, repeated or cut off to P tokens;
-            the paper found real words best where data are few. For models that read from left to right.
-        init_std: standard deviation of "random".
+        init: where the prefix begins.
+            "random": normally distributed around 0, which disturbs a model at first.
+            "text": at the keys and values that the model has for `init_text`, repeated or cut off to P tokens. The
+            paper found real words best where data are few. For models that read from left to right.
+            "vocabulary": the same of P tokens drawn at random.
+        init_std: standard deviation of keys and values that begin at random, the MLP's as well.
         init_text: a text, best one that describes the task.
         tokenizer: that of the model, or the name or path of one. It is not saved.
     """
@@ -52,12 +55,15 @@ class PrefixEncoder(nn.Module):
         width: heads * head_dim.
         layers: of the model.
         hidden: width inside.
+        std: standard deviation, roughly, of what it computes before it is trained.
     """
 
-    def __init__(self, count: int, width: int, layers: int, hidden: int):
+    def __init__(self, count: int, width: int, layers: int, hidden: int, std: float):
         super().__init__()
         self.embedding = nn.Embedding(count, width)
         self.mlp = nn.Sequential(nn.Linear(width, hidden), nn.Tanh(), nn.Linear(hidden, 2 * layers * width))
+        nn.init.normal_(self.mlp[2].weight, std=std / hidden**0.5)
+        nn.init.zeros_(self.mlp[2].bias)
 
     def forward(self) -> torch.Tensor:
         """`[P, layers * 2 * heads * head_dim]`"""
@@ -128,18 +134,20 @@ class PrefixTuningMethod(VirtualTokensMethod):
         width = self._heads * self._head_dim
         if config.reparametrise:
             hidden = config.encoder_hidden_size or width
-            return PrefixEncoder(config.num_virtual_tokens, width, self._layers, hidden)
+            return PrefixEncoder(config.num_virtual_tokens, width, self._layers, hidden, config.init_std)
         if config.init == "random":
             return Folded(torch.randn(config.num_virtual_tokens, 2 * self._layers * width) * config.init_std)
         if not self._causal:
-            raise MethodError(
-                f'{type(self.model).__name__} keeps no keys and values of a text: init="text" cannot be'
-            )
+            raise MethodError(f'{type(self.model).__name__} keeps no keys and values of a text: use init="random"')
         from qlora_engine.peft.prefix_cache import states_of
 
-        ids = token_ids(config.tokenizer, config.init_text)
-        word_vectors(self._embeddings, ids)  # raises where the vocabulary lacks one
-        ids = repeated(torch.tensor(ids, device=self._embeddings.weight.device), config.num_virtual_tokens)
+        weight = self._embeddings.weight
+        if config.init == "vocabulary":
+            ids = torch.randint(len(weight), (config.num_virtual_tokens,), device=weight.device)
+        else:
+            words = token_ids(config.tokenizer, config.init_text)
+            word_vectors(self._embeddings, words)  # raises where the vocabulary lacks one
+            ids = repeated(torch.tensor(words, device=weight.device), config.num_virtual_tokens)
         states = states_of(self.model, ids)
         return Folded(states.permute(3, 0, 1, 2, 4).flatten(1))  # [P, layers, 2, heads, head_dim], flat
 

@@ -38,6 +38,9 @@ CASES = {
     "p-tuning, mlp": Case(PTuning(num_virtual_tokens=3, encoder="mlp"), changes_at_once=True),
     "p-tuning, anchors": Case(PTuning(template=[2, [7, 9], 3], encoder="mlp"), changes_at_once=True),
     "prefix tuning": Case(PrefixTuning(num_virtual_tokens=5), changes_at_once=True),
+    "prefix tuning, vocabulary": Case(
+        PrefixTuning(num_virtual_tokens=4, init="vocabulary"), models=("llama", "gpt2"), changes_at_once=True
+    ),
     "prefix tuning, mlp": Case(PrefixTuning(num_virtual_tokens=3, reparametrise=True), changes_at_once=True),
     "p-tuning v2": Case(PTuningV2(num_virtual_tokens=5), changes_at_once=True),
     "p-tuning v2, mlp": Case(

@@ -142,11 +142,12 @@ def test_another_architecture():
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("llama", {"init": "zero"}, "expected one of random, text"),
+        ("llama", {"init": "zero"}, "expected one of random, vocabulary, text"),
         ("llama", {"init": "text"}, "needs init_text"),
         ("llama", {"init": "text", "init_text": "a", "reparametrise": True}, "reparametrise=False"),
         ("llama", {"init": "text", "init_text": "a"}, "needs a tokenizer"),
         ("bert", {"init": "text", "init_text": "a", "tokenizer": Words()}, "keeps no keys and values"),
+        ("bert", {"init": "vocabulary"}, 'use init="random"'),
         ("llama", {"encoder_hidden_size": 0}, "encoder_hidden_size is 0"),
     ],
 )
