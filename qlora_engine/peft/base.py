@@ -17,6 +17,7 @@ from qlora_engine.models.peft_format import CONFIG_FILE, WEIGHTS_FILE, read_tens
 from qlora_engine.nn import NF4Linear
 
 OWN_FORMAT = "QLORA_ENGINE"  # peft_type in the files of methods that PEFT does not have
+METHOD_KEY = "qlora_engine_method"  # in PEFT's configuration, where one peft_type is that of several methods
 _ATTRIBUTE = "_qlora_methods"
 
 
@@ -132,6 +133,10 @@ class Method(abc.ABC):
         """
         raise MethodError(f"{cls.config_class.name} adapters of PEFT cannot be loaded here")
 
+    def folded(self) -> tuple[MethodConfig, dict[str, torch.Tensor]]:
+        """Settings and tensors of its file, without what only training needs. Default: its own."""
+        return self.config, self.tensors()
+
     def notes(self) -> dict[str, Any]:
         """What the report says beside the counts."""
         return {}
@@ -161,6 +166,17 @@ class Method(abc.ABC):
             if before:
                 self.enable()
 
+    @contextlib.contextmanager
+    def _taking_part(self) -> Iterator[None]:
+        """Where values of the base are exchanged on `disable`: `tensors` are what was learnt inside the context."""
+        before = self.enabled
+        self.enable()
+        try:
+            yield
+        finally:
+            if not before:
+                self.disable()
+
     def remove(self) -> nn.Module:
         """Undoes `apply`; returns the model. Base weights are the bits they were before.
 
@@ -177,7 +193,8 @@ class Method(abc.ABC):
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """Copies of `tensors` in CPU memory, contiguous."""
-        return {name: t.detach().cpu().contiguous().clone() for name, t in self.tensors().items()}
+        with self._taking_part():
+            return {name: t.detach().cpu().contiguous().clone() for name, t in self.tensors().items()}
 
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
         """Writes `state` into `tensors`.
@@ -199,8 +216,8 @@ class Method(abc.ABC):
                     f"{self.name}: {name} is {theirs.dtype} {tuple(theirs.shape)} in the file; this model needs "
                     f"{tensor.dtype} {tuple(tensor.shape)}"
                 )
-        with torch.no_grad():
-            for name, tensor in own.items():
+        with self._taking_part(), torch.no_grad():
+            for name, tensor in self.tensors().items():
                 tensor.copy_(state[name])
 
     def save(self, folder: str | os.PathLike) -> None:
@@ -210,12 +227,14 @@ class Method(abc.ABC):
         """
         from safetensors.torch import save_file
 
-        found = self.to_peft()
-        if found is None:
-            own = {"method": self.name, "config": dataclasses.asdict(self.config)}
-            found = {"peft_type": OWN_FORMAT} | own, self.state_dict()
-        config, tensors = found
-        tensors = {name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}
+        with self._taking_part():
+            found = self.to_peft()
+            if found is None:
+                settings, tensors = self.folded()
+                own = {"method": self.name, "config": dataclasses.asdict(settings)}
+                found = {"peft_type": OWN_FORMAT} | own, tensors
+            config, tensors = found
+            tensors = {name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}
         with atomic_files(folder) as temporary:
             (temporary / CONFIG_FILE).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
             save_file(tensors, temporary / WEIGHTS_FILE, metadata={"format": "pt"})
@@ -229,7 +248,7 @@ class Method(abc.ABC):
             method=self.name,
             trainable=sum(p.numel() for p in self.trainable_parameters().values()),
             total=sum(packed.get(id(p), p.numel()) for p in base),
-            saved_bytes=sum(t.nbytes for t in self.tensors().values()),
+            saved_bytes=sum(t.nbytes for t in self.folded()[1].values()),
             notes=self.notes(),
         )
 
@@ -320,7 +339,9 @@ def load(model: nn.Module, folder: str | os.PathLike) -> Method:
         except (KeyError, TypeError, ValueError) as error:
             raise MethodError(f"{path}: the settings do not fit {saved['method']}: {error}") from error
     else:
-        cls = next((m for m in METHODS.values() if m.peft_type == kind), None)
+        named = METHODS.get(saved.get(METHOD_KEY))
+        known = [named] if named is not None else METHODS.values()
+        cls = next((m for m in known if m.peft_type == kind), None)
         if cls is None:
             raise MethodError(f"{path}: peft_type {kind!r} is not known here")
         config, tensors = cls.from_peft(saved, tensors)

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 import qlora_engine as qe
-from qlora_engine.peft import BitFit, MethodConfig
+from qlora_engine.peft import BitFit, MethodConfig, PrefixTuning, PromptTuning, PTuning, PTuningV2
 from tests.models.tiny import bert, gpt2, llama
 
 MODELS = {"llama": llama, "gpt2": gpt2, "bert": bert}
@@ -32,6 +32,20 @@ class Case:
 CASES = {
     "bitfit": Case(BitFit(add_missing=True)),
     "bitfit, own biases": Case(BitFit(), models=("gpt2", "bert")),
+    "prompt tuning": Case(PromptTuning(num_virtual_tokens=5), changes_at_once=True),
+    "prompt tuning, vocabulary": Case(PromptTuning(num_virtual_tokens=3, init="vocabulary"), changes_at_once=True),
+    "p-tuning, lstm": Case(PTuning(num_virtual_tokens=5, encoder_hidden_size=24), changes_at_once=True),
+    "p-tuning, mlp": Case(PTuning(num_virtual_tokens=3, encoder="mlp"), changes_at_once=True),
+    "p-tuning, anchors": Case(PTuning(template=[2, [7, 9], 3], encoder="mlp"), changes_at_once=True),
+    "prefix tuning": Case(PrefixTuning(num_virtual_tokens=5), changes_at_once=True),
+    "prefix tuning, vocabulary": Case(
+        PrefixTuning(num_virtual_tokens=4, init="vocabulary"), models=("llama", "gpt2"), changes_at_once=True
+    ),
+    "prefix tuning, mlp": Case(PrefixTuning(num_virtual_tokens=3, reparametrise=True), changes_at_once=True),
+    "p-tuning v2": Case(PTuningV2(num_virtual_tokens=5), changes_at_once=True),
+    "p-tuning v2, mlp": Case(
+        PTuningV2(num_virtual_tokens=3, reparametrise=True, encoder_hidden_size=24), changes_at_once=True
+    ),
 }
 
 
