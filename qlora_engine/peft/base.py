@@ -34,6 +34,10 @@ class MethodConfig:
 
     name: ClassVar[str]
 
+    def to_json(self) -> dict[str, Any]:
+        """The settings as a file has them: what the class is made with."""
+        return dataclasses.asdict(self)
+
 
 @dataclasses.dataclass(frozen=True)
 class MethodReport:
@@ -79,6 +83,7 @@ class Method(abc.ABC):
     def __init__(self, model: nn.Module, config: MethodConfig):
         self.model, self.config, self.enabled = model, config, True
         self._required_grad: dict[str, bool] = {}
+        self._restored: dict[str, torch.Tensor] | None = None  # while `load` or `reapply` install: what comes next
 
     @property
     def name(self) -> str:
@@ -124,6 +129,11 @@ class Method(abc.ABC):
         return None
 
     @classmethod
+    def reads(cls, config: dict[str, Any]) -> bool:
+        """Whether `from_peft` is for a file with this `adapter_config.json`."""
+        return cls.peft_type is not None and config["peft_type"] == cls.peft_type
+
+    @classmethod
     def from_peft(cls, config: dict[str, Any], tensors: dict[str, torch.Tensor]) -> tuple[MethodConfig, dict]:
         """The inverse of `to_peft`.
 
@@ -131,6 +141,17 @@ class Method(abc.ABC):
             MethodError: where the file asks for what the method does not do.
         """
         raise MethodError(f"{cls.config_class.name} adapters of PEFT cannot be loaded here")
+
+    def parameter_groups(self, lr: float, **options) -> list[dict[str, Any]]:
+        """Groups for an optimizer; one, unless the method wants several learning rates."""
+        return [{"params": list(self.trainable_parameters().values()), "lr": lr, **options}]
+
+    def penalty(self) -> torch.Tensor | None:
+        """A term that training should add to the loss; None for most methods."""
+        return None
+
+    def after_step(self, step: int) -> None:  # noqa: B027 - most methods do nothing here
+        """What happens after each optimizer step (from 1 on), while gradients are still there."""
 
     def notes(self) -> dict[str, Any]:
         """What the report says beside the counts."""
@@ -212,7 +233,7 @@ class Method(abc.ABC):
 
         found = self.to_peft()
         if found is None:
-            own = {"method": self.name, "config": dataclasses.asdict(self.config)}
+            own = {"method": self.name, "config": self.config.to_json()}
             found = {"peft_type": OWN_FORMAT} | own, self.state_dict()
         config, tensors = found
         tensors = {name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}
@@ -279,6 +300,22 @@ def apply(model: nn.Module, config: MethodConfig) -> Method:
     if config.name not in METHODS:
         raise MethodError(f"{config.name!r} is not a method; known are {', '.join(sorted(METHODS))}")
     method = METHODS[config.name](model, config)
+    _put_on(method)
+    return method
+
+
+def reapply(method: Method, state: dict[str, torch.Tensor]) -> None:
+    """Puts a method that was removed on its model again, with the tensors that it had."""
+    method._restored = state
+    try:
+        _put_on(method)
+    finally:
+        method._restored = None
+    method.load_state_dict(state)
+
+
+def _put_on(method: Method) -> None:
+    model = method.model
     flags = {name: param.requires_grad for name, param in model.named_parameters()}
     kept = {id(p) for other in applied(model) for p in other.trainable_parameters().values()}
     for param in model.parameters():
@@ -292,7 +329,6 @@ def apply(model: nn.Module, config: MethodConfig) -> Method:
         raise
     method._required_grad = flags
     applied(model).append(method)
-    return method
 
 
 def load(model: nn.Module, folder: str | os.PathLike) -> Method:
@@ -320,7 +356,7 @@ def load(model: nn.Module, folder: str | os.PathLike) -> Method:
         except (KeyError, TypeError, ValueError) as error:
             raise MethodError(f"{path}: the settings do not fit {saved['method']}: {error}") from error
     else:
-        cls = next((m for m in METHODS.values() if m.peft_type == kind), None)
+        cls = next((m for m in METHODS.values() if m.reads(saved)), None)
         if cls is None:
             raise MethodError(f"{path}: peft_type {kind!r} is not known here")
         config, tensors = cls.from_peft(saved, tensors)

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 import qlora_engine as qe
-from qlora_engine.peft import BitFit, MethodConfig
+from qlora_engine.peft import BitFit, LoRA, MethodConfig
 from tests.models.tiny import bert, gpt2, llama
 
 MODELS = {"llama": llama, "gpt2": gpt2, "bert": bert}
@@ -20,18 +20,24 @@ class Case:
         config: makes its settings.
         models: names of the models that can carry it.
         learning_rate: at which a few steps lower the loss.
-        changes_at_once: whether the untrained method already changes the model's output.
+        changes_at_once: whether the untrained method already changes the model's output; None: by rounding
+            alone, on some layers.
     """
 
     config: MethodConfig
     models: tuple[str, ...] = ("llama", "gpt2", "bert")
     learning_rate: float = 1e-2
-    changes_at_once: bool = False
+    changes_at_once: bool | None = False
 
 
 CASES = {
     "bitfit": Case(BitFit(add_missing=True)),
     "bitfit, own biases": Case(BitFit(), models=("gpt2", "bert")),
+    "lora": Case(LoRA(r=4, alpha=8)),
+    "lora, gaussian, biases": Case(LoRA(r=3, rslora=True, init="gaussian", bias="all"), models=("gpt2", "bert")),
+    "lora, orthogonal": Case(LoRA(r=5, init="orthogonal"), changes_at_once=True),
+    "lora, pissa": Case(LoRA(r=4, alpha=4, init="pissa"), changes_at_once=None),
+    "lora, embeddings": Case(LoRA(r=4, target_modules=["re:.*(embed_tokens|wte|word_embeddings)"])),
 }
 
 

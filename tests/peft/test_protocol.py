@@ -53,7 +53,10 @@ def test_learns_and_leaves_no_trace(name, model, packed):
     wanted = {n: p.requires_grad for n, p in net.named_parameters()}
     method = peft.apply(net, case.config)
     assert peft.applied(net) == [method]
-    assert torch.equal(logits(net, model), expected) != case.changes_at_once
+    if case.changes_at_once is None:
+        torch.testing.assert_close(logits(net, model), expected)
+    else:
+        assert torch.equal(logits(net, model), expected) != case.changes_at_once
     trained = {id(p) for p in method.trainable_parameters().values()}
     assert trained
     assert {id(p) for p in net.parameters() if p.requires_grad} == trained

@@ -1,0 +1,305 @@
+"""LoRA (Hu et al. 2021, "LoRA: Low-rank adaptation of large language models"): a low-rank change of each weight."""
+
+import dataclasses
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+
+from qlora_engine.models.config import ALL_LINEAR
+from qlora_engine.models.peft_format import CONFIG_FILE, PREFIX, adapter_config, check_adapter_config, settings_of
+from qlora_engine.models.prepare import shared_places
+from qlora_engine.models.targets import check_patterns, matches, matches_any
+from qlora_engine.nn import NF4Linear
+from qlora_engine.nn.qlora_linear import DEFAULT_ADAPTER, LoRASettings
+from qlora_engine.peft import initialise
+from qlora_engine.peft.base import Method, MethodConfig, MethodError, register
+from qlora_engine.peft.branch import LowRank
+from qlora_engine.peft.layers import as_patterns, choose_layers, is_adaptable, is_convolution, shared_weights
+from qlora_engine.peft.merging import Mergeable
+from qlora_engine.peft.sites import BranchSite, FusedSite
+from qlora_engine.peft.values import TrainedValues
+
+BIASES = ("none", "all", "lora_only")
+
+
+@dataclasses.dataclass
+class LoRA(MethodConfig):
+    """`y = W x + scaling * B A drop(x)` with W frozen.
+
+    On linear layers (in 4 bits: through the fused operator), transformers' Conv1D, 1- and 2-dimensional
+    convolutions, and embeddings. Several may be on one model under different `adapter_name`s; their changes add up.
+
+    Attributes:
+        r: rank; 0 adds nothing.
+        alpha: the scaling is alpha / r.
+        dropout: on the branch's input alone, in [0, 1); not on embeddings.
+        rslora: the scaling is alpha / sqrt(r) (Kalajdzievski 2023).
+        target_modules: patterns (see `QLoRAConfig`); default: the linear layers without heads.
+        exclude_modules: patterns of layers that are left out.
+        rank_pattern, alpha_pattern: pattern -> rank or alpha of the layers it matches; the first match wins; rank 0
+            leaves a layer out.
+        init: where A and B start. "kaiming": A Kaiming-uniform, B zero. "gaussian": A normal, B zero. "both": both
+            normal with deviation `sigma`, so that the output changes at once: a warning, and `disturbance` in the
+            report. "orthogonal": both full with B A = 0. "pissa": the largest singular vectors of the weight (Meng et
+            al. 2024), whose product is taken off again by a frozen branch, so that base weights stay. "loftq": the
+            best low-rank part of what 4-bit quantization lost (Li et al. 2023), which needs `reference`.
+        sigma: deviation for "both".
+        reference: for "loftq": the weights before quantization, as tensors by name or a folder of safetensors. Not
+            saved.
+        bias: which biases are trained as well: "none", "all", or those of adapted layers ("lora_only").
+        modules_to_save: patterns of modules that are trained whole.
+        adapter_name: its name among the adapters of the model.
+
+    Raises:
+        ValueError: where a value is out of range.
+    """
+
+    name: ClassVar[str] = "lora"
+    r: int = 16
+    alpha: float = 16
+    dropout: float = 0.0
+    rslora: bool = False
+    target_modules: str | Sequence[str] = ALL_LINEAR
+    exclude_modules: str | Sequence[str] = ()
+    rank_pattern: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    alpha_pattern: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    init: str = "kaiming"
+    sigma: float = 0.02
+    reference: Any = dataclasses.field(default=None, repr=False)
+    bias: str = "none"
+    modules_to_save: str | Sequence[str] = ()
+    adapter_name: str = DEFAULT_ADAPTER
+
+    def __post_init__(self):
+        if not isinstance(self.r, int) or self.r < 0:
+            raise ValueError(f"the rank r is {self.r!r}; expected a whole number of at least 0 (0: nothing is added)")
+        LoRASettings(max(self.r, 1), self.alpha, self.dropout, self.rslora)
+        if self.init not in initialise.INITIALISATIONS:
+            raise ValueError(f"init={self.init!r}; expected one of {', '.join(initialise.INITIALISATIONS)}")
+        if self.bias not in BIASES:
+            raise ValueError(f"bias={self.bias!r}; expected one of {', '.join(BIASES)}")
+        if not self.adapter_name or "." in self.adapter_name:
+            raise ValueError(f"adapter_name {self.adapter_name!r} must not be empty or have a dot in it")
+
+    def to_json(self) -> dict[str, Any]:
+        """The settings without `reference`."""
+        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "reference"}
+
+
+@register
+class LoRAMethod(Mergeable, Method):
+    """A `LowRank` or a fused adapter on each chosen layer."""
+
+    config_class = LoRA
+    peft_type = "LORA"
+    fused: ClassVar[bool] = True  # whether 4-bit layers compute base and adapter in one operator
+    carries = staticmethod(is_adaptable)
+
+    def _install(self) -> None:
+        config: LoRA = self.config
+        layers = choose_layers(self.model, config.target_modules, config.exclude_modules, self.carries)
+        for field in ("rank_pattern", "alpha_pattern"):
+            check_patterns(getattr(config, field), list(layers), field)
+        settings = self._settings(list(layers))
+        self._values = self._beside(layers)
+        self._sites: dict[str, BranchSite | FusedSite] = {}
+        places = shared_places(self.model)
+        self._notes: dict[str, Any] = {}
+        try:
+            for path, s in settings.items():
+                self._sites[path] = self._make_site(path, layers[path], s, places)
+                self._initialise(self._sites[path])
+        except BaseException:
+            self._uninstall()
+            raise
+        if "disturbance" in self._notes:
+            initialise.warn_disturbed(self._notes["disturbance"])
+
+    def _settings(self, paths: list[str]) -> dict[str, LoRASettings]:
+        config: LoRA = self.config
+        found = {}
+        for path in paths:
+            rank = next((v for p, v in config.rank_pattern.items() if matches(p, path)), config.r)
+            alpha = next((v for p, v in config.alpha_pattern.items() if matches(p, path)), config.alpha)
+            if rank:
+                found[path] = LoRASettings(rank, alpha, config.dropout, config.rslora)
+        return found
+
+    def _make_site(self, path: str, layer: nn.Module, settings: LoRASettings, places) -> BranchSite | FusedSite:
+        name = self.config.adapter_name
+        if self.fused and isinstance(layer, NF4Linear):
+            return FusedSite(self.model, path, settings, name, torch.float32, places)
+        return BranchSite(self.model, path, LowRank(layer, settings).train(layer.training), name)
+
+    def _beside(self, layers: Mapping[str, nn.Module]) -> TrainedValues:
+        """Biases and modules that are trained as they are, in place."""
+        config: LoRA = self.config
+        modules = {path: m for path, m in self.model.named_modules() if path}
+        saved = as_patterns(config.modules_to_save)
+        check_patterns(saved, list(modules), "modules_to_save")
+        whole = {path: m for path, m in modules.items() if matches_any(saved, path)}
+        owners: dict[str, tuple[nn.Module, str]] = {}
+        for root, module in whole.items():
+            for inner, m in module.named_modules(prefix=root):
+                owners |= {f"{inner}.{name}": (m, name) for name in m._parameters if m._parameters[name] is not None}
+        packed = sorted(
+            name for name, (m, attribute) in owners.items() if not getattr(m, attribute).is_floating_point()
+        )
+        if packed:
+            raise MethodError(f"modules_to_save asks to train {packed[0]}, which is in 4 bits; give it an adapter")
+        tied = shared_weights(
+            self.model, [p for p, m in whole.items() if isinstance(getattr(m, "weight", None), nn.Parameter)]
+        )
+        if tied:
+            path, others = next(iter(tied.items()))
+            raise MethodError(f"modules_to_save: the weight of {path} is also that of {others[0]}; untie them first")
+        if config.bias != "none":
+            chosen = modules if config.bias == "all" else layers
+            owners |= {
+                f"{p}.bias": (m, "bias")
+                for p, m in chosen.items()
+                if isinstance(getattr(m, "bias", None), nn.Parameter)
+            }
+        self._whole = list(whole)
+        return TrainedValues(owners)
+
+    def _initialise(self, site: BranchSite | FusedSite) -> None:
+        config: LoRA = self.config
+        if self._restored is not None:
+            if f"{site.path}.start_A" in self._restored:
+                site.take_off_start()
+            return
+        A, B = site.factors
+        if config.init == "gaussian":
+            initialise.gaussian(A, B)
+        elif config.init == "orthogonal":
+            initialise.orthogonal(A, B)
+        elif config.init == "both":
+            initialise.both(A, B, config.sigma)
+            share = float((site.merged() - site.base()).norm() / site.base().norm())
+            self._notes["disturbance"] = max(share, self._notes.get("disturbance", 0.0))
+        elif config.init == "pissa":
+            initialise.principal(A, B, site.base(), site.settings.scaling)
+            site.take_off_start()
+        elif config.init == "loftq":
+            self._loftq(site)
+
+    def _loftq(self, site: BranchSite | FusedSite) -> None:
+        if self.config.reference is None:
+            raise MethodError("init='loftq' needs reference, the weights before they were quantized")
+        if not isinstance(site.layer, NF4Linear):
+            raise MethodError(f"init='loftq' makes up for 4-bit quantization; {site.path} is not in 4 bits")
+        wanted = initialise.reference_weight(self.config.reference, site.path, site.layer, site.layer.fan_in_fan_out)
+        initialise.principal(*site.factors, wanted - site.base(), site.settings.scaling)
+        errors = self._notes.setdefault("quantization_error", {})
+        norm = wanted.norm()
+        errors[site.path] = [float((wanted - w).norm() / norm) for w in (site.base(), site.merged())]
+
+    def _uninstall(self) -> None:
+        places = shared_places(self.model)
+        for site in self._sites.values():
+            site.remove(places)
+        self._values.restore()
+
+    def _switch(self, enabled: bool) -> None:
+        for site in self._sites.values():
+            site.switch(enabled)
+        self._values.swap()
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        own = {f"{path}.{end}": t for path, site in self._sites.items() for end, t in site.named_tensors().items()}
+        return own | self._values.parameters()
+
+    def notes(self) -> dict[str, Any]:
+        return dict(self._notes)
+
+    # PEFT's format
+
+    def _changes(self) -> tuple[dict[str, LoRASettings], dict[str, torch.Tensor]]:
+        """Settings and tensors of the layers as LoRA relative to the base; a product taken off doubles the rank."""
+        settings, tensors = {}, {}
+        for path, site in self._sites.items():
+            s, named = site.settings, site.named_tensors()
+            if site.start is not None:
+                start_A, start_B = named.pop("start_A"), named.pop("start_B")
+                (name_A, A), (name_B, B) = named.items()
+                named = {name_A: torch.cat([A, start_A]), name_B: torch.cat([B, -start_B], dim=1)}
+                alpha = s.alpha * (2**0.5 if s.rslora else 2)
+                s = LoRASettings(2 * s.r, alpha, s.dropout, s.rslora)
+            settings[path] = s
+            tensors |= {f"{PREFIX}{path}.{end}": t for end, t in named.items()}
+        return settings, tensors
+
+    def to_peft(self) -> tuple[dict[str, Any], dict[str, torch.Tensor]] | None:
+        """PEFT's LORA; None at rank 0, and for convolutions whose dilation or padding PEFT's branch does not have."""
+        layers = [site.layer for site in self._sites.values()]
+        if not layers or any(is_convolution(m) and _differs_in_peft(m) for m in layers):
+            return None
+        settings, tensors = self._changes()
+        own = {m for m in self.model.modules() if isinstance(m, LowRank)}
+        kind, model_config = type(self.model), getattr(self.model, "config", None)
+        config = adapter_config(
+            settings,
+            module_paths=[path for path, m in self.model.named_modules() if m not in own],
+            modules_to_save=self._whole,
+            fan_in_fan_out=all(_is_transposed(m) for m in layers),
+            base_model=getattr(model_config, "_name_or_path", None) or None,
+            class_name=kind.__name__,
+            auto_mapping=None
+            if model_config
+            else {"base_model_class": kind.__name__, "parent_library": kind.__module__},
+        )
+        for name, value in self._values.parameters().items():
+            path, _, attribute = name.rpartition(".")
+            inside = ".base_layer" if path in self._sites else ""
+            tensors[f"{PREFIX}{path}{inside}.{attribute}"] = value
+        return config | {"bias": self.config.bias}, tensors
+
+    @classmethod
+    def from_peft(cls, config: dict[str, Any], tensors: dict[str, torch.Tensor]) -> tuple[MethodConfig, dict]:
+        try:
+            check_adapter_config(config, CONFIG_FILE, carried=("bias",))
+            return cls._from_peft(config, tensors)
+        except MethodError:
+            raise
+        except ValueError as error:
+            raise MethodError(str(error)) from error
+
+    @classmethod
+    def _from_peft(cls, config: dict[str, Any], tensors: dict[str, torch.Tensor]) -> tuple[MethodConfig, dict]:
+        own, settings = {}, {}
+        for key, tensor in tensors.items():
+            name = key.removeprefix(PREFIX).replace(".base_layer.", ".")
+            own[name] = tensor
+            match = re.fullmatch(r"(.+)\.(?:lora_A\.weight|lora_embedding_A)", name)
+            if match:
+                settings[match[1]] = settings_of(config, match[1], tensor.shape[0], Path("adapter"))
+        if not settings:
+            raise MethodError("there is no lora_A in the file")
+        first = next(iter(settings.values()))
+        exact = {path: f"re:{re.escape(path)}" for path in settings}
+        return cls.config_class(
+            r=first.r,
+            alpha=first.alpha,
+            dropout=first.dropout,
+            rslora=first.rslora,
+            target_modules=list(exact.values()),
+            rank_pattern={exact[path]: s.r for path, s in settings.items() if s.r != first.r},
+            alpha_pattern={exact[path]: s.alpha for path, s in settings.items() if s.alpha != first.alpha},
+            bias=config.get("bias", "none"),
+            modules_to_save=[n for n in config.get("modules_to_save") or () if any(f".{n}." in f".{k}" for k in own)],
+        ), own
+
+
+def _is_transposed(module: nn.Module) -> bool:
+    from qlora_engine.nn.nf4_linear import is_transposed_linear
+
+    return getattr(module, "fan_in_fan_out", False) or is_transposed_linear(module)
+
+
+def _differs_in_peft(module: nn.Module) -> bool:
+    return module.padding_mode != "zeros" or any(d != 1 for d in module.dilation)
