@@ -27,6 +27,8 @@ class _Before:
     tied_keys: dict[str, str] | None = None
     tie_word_embeddings: bool | None = None
     others: MergeReport | None = None
+    cast: dict[str, torch.Tensor] = dataclasses.field(default_factory=dict)
+    dtype: torch.dtype | None = None
 
 
 class Mergeable:
@@ -92,6 +94,12 @@ class Mergeable:
             raise MethodError(f"{self.name} holds no weights to bring back: merge with keep_original=True, and once")
         if before.others is not None:
             unmerge_packed(self.model, before.others)
+        if before.cast:
+            parameters = dict(self.model.named_parameters())
+            for name, data in before.cast.items():
+                parameters[name].data = data
+            if hasattr(self.model, "config"):
+                self.model.config.dtype = before.dtype
         places = shared_places(self.model)
         for path, old in before.weights.items():
             layer = self.model.get_submodule(path)
@@ -155,9 +163,8 @@ class Mergeable:
             before.others = merge_packed(self.model, into)
             return
         config = getattr(self.model, "config", None)
-        before.others = MergeReport(into, (), [])
-        before.others._tensors = {n: p.data for n, p in self.model.named_parameters() if p.is_floating_point()}
-        before.others._config_dtype = getattr(config, "dtype", None)
+        before.cast = {n: p.data for n, p in self.model.named_parameters() if p.is_floating_point()}
+        before.dtype = getattr(config, "dtype", None)
         for parameter in self.model.parameters():
             if parameter.is_floating_point():
                 parameter.data = parameter.data.to(DTYPES[into])
