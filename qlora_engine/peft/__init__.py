@@ -2,12 +2,18 @@
 
 from qlora_engine.peft.base import METHODS, Method, MethodConfig, MethodError, MethodReport, applied, apply, load
 from qlora_engine.peft.bitfit import BitFit
+from qlora_engine.peft.dora import DoRA
 from qlora_engine.peft.lora import LoRA
+from qlora_engine.peft.lora_fa import LoRAFA
+from qlora_engine.peft.lora_plus import LoRAPlus
 
 __all__ = [
     "METHODS",
     "BitFit",
+    "DoRA",
     "LoRA",
+    "LoRAFA",
+    "LoRAPlus",
     "Method",
     "MethodConfig",
     "MethodError",

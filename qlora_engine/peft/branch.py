@@ -77,6 +77,9 @@ class LowRank(nn.Module):
         """The weight that does what the layer and this branch do: float32 `[out, in]`."""
         return weight_matrix(layer) + self.delta()
 
+    def base_changed(self, layer: nn.Module) -> None:
+        """Told when the layer's weight has been changed under the branch; for branches that keep something of it."""
+
     def attach(self, layer: nn.Module, name: str) -> None:
         """Becomes the layer's submodule of that name, and acts on its output.
 

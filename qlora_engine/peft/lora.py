@@ -97,7 +97,12 @@ class LoRAMethod(Mergeable, Method):
     config_class = LoRA
     peft_type = "LORA"
     fused: ClassVar[bool] = True  # whether 4-bit layers compute base and adapter in one operator
+    branch_class: ClassVar[type[LowRank]] = LowRank
     carries = staticmethod(is_adaptable)
+    peft_fields: ClassVar[dict[str, Any]] = {"use_dora": False}  # of PEFT's configuration, which tell methods apart
+    extra_settings: ClassVar[
+        tuple[str, ...]
+    ] = ()  # fields of the settings that PEFT's configuration has no place for
 
     def _install(self) -> None:
         config: LoRA = self.config
@@ -133,7 +138,7 @@ class LoRAMethod(Mergeable, Method):
         name = self.config.adapter_name
         if self.fused and isinstance(layer, NF4Linear):
             return FusedSite(self.model, path, settings, name, torch.float32, places)
-        return BranchSite(self.model, path, LowRank(layer, settings).train(layer.training), name)
+        return BranchSite(self.model, path, self.branch_class(layer, settings).train(layer.training), name)
 
     def _beside(self, layers: Mapping[str, nn.Module]) -> TrainedValues:
         """Biases and modules that are trained as they are, in place."""
@@ -241,28 +246,41 @@ class LoRAMethod(Mergeable, Method):
             return None
         settings, tensors = self._changes()
         own = {m for m in self.model.modules() if isinstance(m, LowRank)}
-        kind, model_config = type(self.model), getattr(self.model, "config", None)
+        model_config = getattr(self.model, "config", None)
         config = adapter_config(
             settings,
             module_paths=[path for path, m in self.model.named_modules() if m not in own],
             modules_to_save=self._whole,
             fan_in_fan_out=all(_is_transposed(m) for m in layers),
             base_model=getattr(model_config, "_name_or_path", None) or None,
-            class_name=kind.__name__,
-            auto_mapping=None
-            if model_config
-            else {"base_model_class": kind.__name__, "parent_library": kind.__module__},
+            class_name=type(self.model).__name__,
+            auto_mapping=self._mapping(),
         )
         for name, value in self._values.parameters().items():
             path, _, attribute = name.rpartition(".")
             inside = ".base_layer" if path in self._sites else ""
             tensors[f"{PREFIX}{path}{inside}.{attribute}"] = value
-        return config | {"bias": self.config.bias}, tensors
+        return config | {"bias": self.config.bias} | self.peft_fields, tensors
+
+    def _mapping(self) -> dict[str, Any] | None:
+        """`auto_mapping`: the model's class where PEFT needs it, and what PEFT has no field for."""
+        kind = type(self.model)
+        mapping = {"base_model_class": kind.__name__, "parent_library": kind.__module__}
+        if self.name not in ("lora", "dora"):
+            return mapping | {"method": self.name} | {f: getattr(self.config, f) for f in self.extra_settings}
+        return None if hasattr(self.model, "config") else mapping
+
+    @classmethod
+    def reads(cls, config: dict[str, Any]) -> bool:
+        if config["peft_type"] != cls.peft_type:
+            return False
+        name = (config.get("auto_mapping") or {}).get("method", "dora" if config.get("use_dora") else "lora")
+        return name == cls.config_class.name
 
     @classmethod
     def from_peft(cls, config: dict[str, Any], tensors: dict[str, torch.Tensor]) -> tuple[MethodConfig, dict]:
         try:
-            check_adapter_config(config, CONFIG_FILE, carried=("bias",))
+            check_adapter_config(config, CONFIG_FILE, carried=("bias", "use_dora"))
             return cls._from_peft(config, tensors)
         except MethodError:
             raise
@@ -282,7 +300,9 @@ class LoRAMethod(Mergeable, Method):
             raise MethodError("there is no lora_A in the file")
         first = next(iter(settings.values()))
         exact = {path: f"re:{re.escape(path)}" for path in settings}
+        mapping = config.get("auto_mapping") or {}
         return cls.config_class(
+            **{field: mapping[field] for field in cls.extra_settings},
             r=first.r,
             alpha=first.alpha,
             dropout=first.dropout,

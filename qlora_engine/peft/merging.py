@@ -12,6 +12,7 @@ from qlora_engine.models.merge import unmerge as unmerge_packed
 from qlora_engine.models.prepare import own_parameters, replace_module, shared_places
 from qlora_engine.nn import NF4Linear
 from qlora_engine.peft.base import MethodError, applied, reapply
+from qlora_engine.peft.branch import LowRank
 from qlora_engine.peft.layers import like_weight, shared_weights
 from qlora_engine.quantization.weight import quantize
 
@@ -72,6 +73,7 @@ class Mergeable:
         plain: dict[str, nn.Module] = {}
         for path, site in self._sites.items():
             report.layers.append(self._write(path, site, into, before, plain))
+            _tell(site.layer)
         self._values.keep()
         self.remove()
         places = shared_places(self.model)
@@ -109,6 +111,7 @@ class Mergeable:
                 layer.set_nf4_weight(old)
             else:
                 layer.weight.data = old
+            _tell(self.model.get_submodule(path))
         for path, parameter in before.tied.items():
             self.model.get_submodule(path)._parameters["weight"] = parameter
         if before.tied_keys is not None:
@@ -170,6 +173,13 @@ class Mergeable:
                 parameter.data = parameter.data.to(DTYPES[into])
         if config is not None:
             config.dtype = DTYPES[into]
+
+
+def _tell(layer: nn.Module) -> None:
+    """Branches on a layer may keep something of its weight, which has changed."""
+    for branch in layer.children():
+        if isinstance(branch, LowRank):
+            branch.base_changed(layer)
 
 
 def _entry(path: str, weight, merged, stored, size: int, after: int) -> LayerMerge:

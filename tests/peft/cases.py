@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 import qlora_engine as qe
-from qlora_engine.peft import BitFit, LoRA, MethodConfig
+from qlora_engine.peft import BitFit, DoRA, LoRA, LoRAFA, LoRAPlus, MethodConfig
 from tests.models.tiny import bert, gpt2, llama
 
 MODELS = {"llama": llama, "gpt2": gpt2, "bert": bert}
@@ -38,6 +38,10 @@ CASES = {
     "lora, orthogonal": Case(LoRA(r=5, init="orthogonal"), changes_at_once=True),
     "lora, pissa": Case(LoRA(r=4, alpha=4, init="pissa"), changes_at_once=None),
     "lora, embeddings": Case(LoRA(r=4, target_modules=["re:.*(embed_tokens|wte|word_embeddings)"])),
+    "lora_plus": Case(LoRAPlus(r=4, alpha=8, ratio=4.0)),
+    "lora_fa": Case(LoRAFA(r=4, alpha=8)),
+    "dora": Case(DoRA(r=4, alpha=8)),
+    "dora, gaussian": Case(DoRA(r=3, init="gaussian", bias="lora_only")),
 }
 
 

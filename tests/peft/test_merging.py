@@ -5,13 +5,15 @@ import torch
 
 from qlora_engine import peft
 from qlora_engine.nn import NF4Linear
-from qlora_engine.peft import LoRA
+from qlora_engine.peft import DoRA, LoRA, LoRAFA
 from tests.peft.cases import build, logits
 from tests.peft.test_lora import EVERYTHING, Mixed, perturb
 
 CONFIGS = {
     "lora": LoRA(r=4, alpha=8),
     "pissa": LoRA(r=4, init="pissa"),
+    "dora": DoRA(r=4, alpha=8),
+    "lora_fa": LoRAFA(r=4, alpha=8),
 }
 METHODS = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
 BASES = pytest.mark.parametrize("packed", [False, True], ids=["full", "nf4"])
