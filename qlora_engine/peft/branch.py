@@ -11,7 +11,48 @@ from qlora_engine.peft.base import MethodError
 from qlora_engine.peft.layers import expand, factor_shapes, is_embedding, project, weight_matrix
 
 
-class LowRank(nn.Module):
+class Branch(nn.Module):
+    """What changes a layer's output, as a submodule of the layer with a forward hook.
+
+    A subclass writes `change`, `delta` (or `merged`) and `named_tensors`.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.active = True
+
+    def base_changed(self, layer: nn.Module) -> None:
+        """Told when the layer's weight has been changed under the branch; for branches that keep something of it."""
+
+    def attach(self, layer: nn.Module, name: str) -> None:
+        """Becomes the layer's submodule of that name, and acts on its output.
+
+        Raises:
+            MethodError: where the layer has something of that name.
+        """
+        if hasattr(layer, name):
+            raise MethodError(f"there is {name!r} on a {type(layer).__name__} already; choose another adapter_name")
+        layer.add_module(name, self)
+        self.handle = layer.register_forward_hook(self.act, with_kwargs=True)
+
+    def detach(self, layer: nn.Module, name: str) -> None:
+        """Undoes `attach`."""
+        self.handle.remove()
+        del layer._modules[name]
+
+    def act(self, layer: nn.Module, args: tuple, kwargs: dict, output: torch.Tensor) -> torch.Tensor:
+        """The layer's output with the branch's; a forward hook."""
+        if not self.active:
+            return output
+        x = args[0] if args else next(iter(kwargs.values()))
+        return self.change(layer, x, output)
+
+    def merged(self, layer: nn.Module) -> torch.Tensor:
+        """The weight that does what the layer and this branch do: float32 `[out, in]`."""
+        return weight_matrix(layer) + self.delta()
+
+
+class LowRank(Branch):
     """`y += scaling * B(A(drop(x)))` beside a layer.
 
     Hu et al. 2021, "LoRA", equation 3. A linear layer's A is `[r, in]` and B `[out, r]`; a convolution's A has the
@@ -27,7 +68,6 @@ class LowRank(nn.Module):
     def __init__(self, layer: nn.Module, settings: LoRASettings, dtype: torch.dtype = torch.float32):
         super().__init__()
         self.settings = settings
-        self.active = True
         shape_A, shape_B = factor_shapes(layer, settings.r)
         device = layer.weight.device
         A, B = (torch.zeros(shape, dtype=dtype, device=device) for shape in (shape_A, shape_B))
@@ -72,36 +112,6 @@ class LowRank(nn.Module):
             A, B = (factor.float().flatten(1) for factor in self.start)
             product -= B @ A
         return self.settings.scaling * product
-
-    def merged(self, layer: nn.Module) -> torch.Tensor:
-        """The weight that does what the layer and this branch do: float32 `[out, in]`."""
-        return weight_matrix(layer) + self.delta()
-
-    def base_changed(self, layer: nn.Module) -> None:
-        """Told when the layer's weight has been changed under the branch; for branches that keep something of it."""
-
-    def attach(self, layer: nn.Module, name: str) -> None:
-        """Becomes the layer's submodule of that name, and acts on its output.
-
-        Raises:
-            MethodError: where the layer has something of that name.
-        """
-        if hasattr(layer, name):
-            raise MethodError(f"there is {name!r} on a {type(layer).__name__} already; choose another adapter_name")
-        layer.add_module(name, self)
-        self.handle = layer.register_forward_hook(self.act, with_kwargs=True)
-
-    def detach(self, layer: nn.Module, name: str) -> None:
-        """Undoes `attach`."""
-        self.handle.remove()
-        del layer._modules[name]
-
-    def act(self, layer: nn.Module, args: tuple, kwargs: dict, output: torch.Tensor) -> torch.Tensor:
-        """The layer's output with the branch's; a forward hook."""
-        if not self.active:
-            return output
-        x = args[0] if args else next(iter(kwargs.values()))
-        return self.change(layer, x, output)
 
     def change(self, layer: nn.Module, x: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
         """`output + scaling * B(A(drop(x)))`, in the dtype of `output`."""

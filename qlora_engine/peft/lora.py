@@ -12,16 +12,16 @@ from torch import nn
 from qlora_engine.models.config import ALL_LINEAR
 from qlora_engine.models.peft_format import CONFIG_FILE, PREFIX, adapter_config, check_adapter_config, settings_of
 from qlora_engine.models.prepare import shared_places
-from qlora_engine.models.targets import check_patterns, matches, matches_any
+from qlora_engine.models.targets import check_patterns, matches
 from qlora_engine.nn import NF4Linear
 from qlora_engine.nn.qlora_linear import DEFAULT_ADAPTER, LoRASettings
 from qlora_engine.peft import initialise
 from qlora_engine.peft.base import Method, MethodConfig, MethodError, register
+from qlora_engine.peft.beside import own_names, peft_names, saved_names, trained_beside
 from qlora_engine.peft.branch import LowRank
-from qlora_engine.peft.layers import as_patterns, choose_layers, is_adaptable, is_convolution, shared_weights
+from qlora_engine.peft.layers import choose_layers, is_adaptable, is_convolution
 from qlora_engine.peft.merging import Mergeable
 from qlora_engine.peft.sites import BranchSite, FusedSite
-from qlora_engine.peft.values import TrainedValues
 
 BIASES = ("none", "all", "lora_only")
 
@@ -100,9 +100,7 @@ class LoRAMethod(Mergeable, Method):
     branch_class: ClassVar[type[LowRank]] = LowRank
     carries = staticmethod(is_adaptable)
     peft_fields: ClassVar[dict[str, Any]] = {"use_dora": False}  # of PEFT's configuration, which tell methods apart
-    extra_settings: ClassVar[
-        tuple[str, ...]
-    ] = ()  # fields of the settings that PEFT's configuration has no place for
+    extra_settings: ClassVar[tuple[str, ...]] = ()  # fields that PEFT's configuration has no place for
 
     def _install(self) -> None:
         config: LoRA = self.config
@@ -110,7 +108,7 @@ class LoRAMethod(Mergeable, Method):
         for field in ("rank_pattern", "alpha_pattern"):
             check_patterns(getattr(config, field), list(layers), field)
         settings = self._settings(list(layers))
-        self._values = self._beside(layers)
+        self._values, self._whole = trained_beside(self.model, layers, config.bias, config.modules_to_save)
         self._sites: dict[str, BranchSite | FusedSite] = {}
         places = shared_places(self.model)
         self._notes: dict[str, Any] = {}
@@ -139,38 +137,6 @@ class LoRAMethod(Mergeable, Method):
         if self.fused and isinstance(layer, NF4Linear):
             return FusedSite(self.model, path, settings, name, torch.float32, places)
         return BranchSite(self.model, path, self.branch_class(layer, settings).train(layer.training), name)
-
-    def _beside(self, layers: Mapping[str, nn.Module]) -> TrainedValues:
-        """Biases and modules that are trained as they are, in place."""
-        config: LoRA = self.config
-        modules = {path: m for path, m in self.model.named_modules() if path}
-        saved = as_patterns(config.modules_to_save)
-        check_patterns(saved, list(modules), "modules_to_save")
-        whole = {path: m for path, m in modules.items() if matches_any(saved, path)}
-        owners: dict[str, tuple[nn.Module, str]] = {}
-        for root, module in whole.items():
-            for inner, m in module.named_modules(prefix=root):
-                owners |= {f"{inner}.{name}": (m, name) for name in m._parameters if m._parameters[name] is not None}
-        packed = sorted(
-            name for name, (m, attribute) in owners.items() if not getattr(m, attribute).is_floating_point()
-        )
-        if packed:
-            raise MethodError(f"modules_to_save asks to train {packed[0]}, which is in 4 bits; give it an adapter")
-        tied = shared_weights(
-            self.model, [p for p, m in whole.items() if isinstance(getattr(m, "weight", None), nn.Parameter)]
-        )
-        if tied:
-            path, others = next(iter(tied.items()))
-            raise MethodError(f"modules_to_save: the weight of {path} is also that of {others[0]}; untie them first")
-        if config.bias != "none":
-            chosen = modules if config.bias == "all" else layers
-            owners |= {
-                f"{p}.bias": (m, "bias")
-                for p, m in chosen.items()
-                if isinstance(getattr(m, "bias", None), nn.Parameter)
-            }
-        self._whole = list(whole)
-        return TrainedValues(owners)
 
     def _initialise(self, site: BranchSite | FusedSite) -> None:
         config: LoRA = self.config
@@ -256,10 +222,7 @@ class LoRAMethod(Mergeable, Method):
             class_name=type(self.model).__name__,
             auto_mapping=self._mapping(),
         )
-        for name, value in self._values.parameters().items():
-            path, _, attribute = name.rpartition(".")
-            inside = ".base_layer" if path in self._sites else ""
-            tensors[f"{PREFIX}{path}{inside}.{attribute}"] = value
+        tensors |= peft_names(self._values.parameters(), self._sites)
         return config | {"bias": self.config.bias} | self.peft_fields, tensors
 
     def _mapping(self) -> dict[str, Any] | None:
@@ -282,17 +245,13 @@ class LoRAMethod(Mergeable, Method):
         try:
             check_adapter_config(config, CONFIG_FILE, carried=("bias", "use_dora"))
             return cls._from_peft(config, tensors)
-        except MethodError:
-            raise
-        except ValueError as error:
-            raise MethodError(str(error)) from error
+        except (ValueError, KeyError, TypeError) as error:
+            raise MethodError(f"{CONFIG_FILE} does not fit {cls.config_class.name}: {error}") from error
 
     @classmethod
     def _from_peft(cls, config: dict[str, Any], tensors: dict[str, torch.Tensor]) -> tuple[MethodConfig, dict]:
-        own, settings = {}, {}
-        for key, tensor in tensors.items():
-            name = key.removeprefix(PREFIX).replace(".base_layer.", ".")
-            own[name] = tensor
+        own, settings = own_names(tensors), {}
+        for name, tensor in own.items():
             match = re.fullmatch(r"(.+)\.(?:lora_A\.weight|lora_embedding_A)", name)
             if match:
                 settings[match[1]] = settings_of(config, match[1], tensor.shape[0], Path("adapter"))
@@ -311,7 +270,7 @@ class LoRAMethod(Mergeable, Method):
             rank_pattern={exact[path]: s.r for path, s in settings.items() if s.r != first.r},
             alpha_pattern={exact[path]: s.alpha for path, s in settings.items() if s.alpha != first.alpha},
             bias=config.get("bias", "none"),
-            modules_to_save=[n for n in config.get("modules_to_save") or () if any(f".{n}." in f".{k}" for k in own)],
+            modules_to_save=saved_names(config, own),
         ), own
 
 

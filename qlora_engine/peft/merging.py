@@ -12,7 +12,7 @@ from qlora_engine.models.merge import unmerge as unmerge_packed
 from qlora_engine.models.prepare import own_parameters, replace_module, shared_places
 from qlora_engine.nn import NF4Linear
 from qlora_engine.peft.base import MethodError, applied, reapply
-from qlora_engine.peft.branch import LowRank
+from qlora_engine.peft.branch import Branch
 from qlora_engine.peft.layers import like_weight, shared_weights
 from qlora_engine.quantization.weight import quantize
 
@@ -178,7 +178,7 @@ class Mergeable:
 def _tell(layer: nn.Module) -> None:
     """Branches on a layer may keep something of its weight, which has changed."""
     for branch in layer.children():
-        if isinstance(branch, LowRank):
+        if isinstance(branch, Branch):
             branch.base_changed(layer)
 
 

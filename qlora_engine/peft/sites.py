@@ -8,12 +8,12 @@ from torch import nn
 from qlora_engine.nn import QLoRALinear
 from qlora_engine.nn.qlora_linear import LoRASettings
 from qlora_engine.peft.base import MethodError
-from qlora_engine.peft.branch import LowRank
+from qlora_engine.peft.branch import Branch
 from qlora_engine.peft.layers import weight_matrix, with_adapters, without_adapters
 
 
 class BranchSite:
-    """A `LowRank` on a layer of any kind.
+    """A `Branch` on a layer of any kind.
 
     Args:
         model: the model.
@@ -22,7 +22,7 @@ class BranchSite:
         name: the adapter's name.
     """
 
-    def __init__(self, model: nn.Module, path: str, branch: LowRank, name: str):
+    def __init__(self, model: nn.Module, path: str, branch: Branch, name: str):
         self.model, self.path, self.branch, self.attribute = model, path, branch, f"lora_{name}"
         branch.attach(self.layer, self.attribute)
 
