@@ -6,6 +6,7 @@ from qlora_engine.peft.dora import DoRA
 from qlora_engine.peft.lora import LoRA
 from qlora_engine.peft.lora_fa import LoRAFA
 from qlora_engine.peft.lora_plus import LoRAPlus
+from qlora_engine.peft.vera import VeRA
 
 __all__ = [
     "METHODS",
@@ -18,6 +19,7 @@ __all__ = [
     "MethodConfig",
     "MethodError",
     "MethodReport",
+    "VeRA",
     "applied",
     "apply",
     "load",

@@ -1,5 +1,6 @@
 """Layers that a low-rank change can be put beside: their weights as matrices, and a change as their output."""
 
+import re
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -106,6 +107,11 @@ def along_output(module: nn.Module, vector: torch.Tensor) -> torch.Tensor:
 def as_patterns(patterns: str | Sequence[str]) -> tuple[str, ...]:
     """One pattern or several, as several."""
     return (patterns,) if isinstance(patterns, str) else tuple(patterns)
+
+
+def exact_patterns(paths: Iterable[str]) -> list[str]:
+    """Patterns that mean the layers at these paths and no others."""
+    return [f"re:{re.escape(path)}" for path in paths]
 
 
 def choose_layers(

@@ -10,17 +10,16 @@ import torch
 from torch import nn
 
 from qlora_engine.models.config import ALL_LINEAR
-from qlora_engine.models.peft_format import CONFIG_FILE, PREFIX, adapter_config, check_adapter_config, settings_of
-from qlora_engine.models.prepare import shared_places
+from qlora_engine.models.peft_format import CONFIG_FILE, PREFIX, check_adapter_config, settings_of
 from qlora_engine.models.targets import check_patterns, matches
 from qlora_engine.nn import NF4Linear
 from qlora_engine.nn.qlora_linear import DEFAULT_ADAPTER, LoRASettings
 from qlora_engine.peft import initialise
-from qlora_engine.peft.base import Method, MethodConfig, MethodError, register
-from qlora_engine.peft.beside import own_names, peft_names, saved_names, trained_beside
+from qlora_engine.peft.base import MethodConfig, MethodError, register
+from qlora_engine.peft.beside import own_names, saved_names
 from qlora_engine.peft.branch import LowRank
-from qlora_engine.peft.layers import choose_layers, is_adaptable, is_convolution
-from qlora_engine.peft.merging import Mergeable
+from qlora_engine.peft.layers import exact_patterns, is_convolution
+from qlora_engine.peft.layerwise import LayerwiseMethod
 from qlora_engine.peft.sites import BranchSite, FusedSite
 
 BIASES = ("none", "all", "lora_only")
@@ -91,41 +90,27 @@ class LoRA(MethodConfig):
 
 
 @register
-class LoRAMethod(Mergeable, Method):
+class LoRAMethod(LayerwiseMethod):
     """A `LowRank` or a fused adapter on each chosen layer."""
 
     config_class = LoRA
     peft_type = "LORA"
     fused: ClassVar[bool] = True  # whether 4-bit layers compute base and adapter in one operator
     branch_class: ClassVar[type[LowRank]] = LowRank
-    carries = staticmethod(is_adaptable)
     peft_fields: ClassVar[dict[str, Any]] = {"use_dora": False}  # of PEFT's configuration, which tell methods apart
     extra_settings: ClassVar[tuple[str, ...]] = ()  # fields that PEFT's configuration has no place for
 
     def _install(self) -> None:
-        config: LoRA = self.config
-        layers = choose_layers(self.model, config.target_modules, config.exclude_modules, self.carries)
-        for field in ("rank_pattern", "alpha_pattern"):
-            check_patterns(getattr(config, field), list(layers), field)
-        settings = self._settings(list(layers))
-        self._values, self._whole = trained_beside(self.model, layers, config.bias, config.modules_to_save)
-        self._sites: dict[str, BranchSite | FusedSite] = {}
-        places = shared_places(self.model)
-        self._notes: dict[str, Any] = {}
-        try:
-            for path, s in settings.items():
-                self._sites[path] = self._make_site(path, layers[path], s, places)
-                self._initialise(self._sites[path])
-        except BaseException:
-            self._uninstall()
-            raise
+        super()._install()
         if "disturbance" in self._notes:
             initialise.warn_disturbed(self._notes["disturbance"])
 
-    def _settings(self, paths: list[str]) -> dict[str, LoRASettings]:
+    def _settings(self, layers: Mapping[str, nn.Module]) -> dict[str, LoRASettings]:
         config: LoRA = self.config
+        for field in ("rank_pattern", "alpha_pattern"):
+            check_patterns(getattr(config, field), list(layers), field)
         found = {}
-        for path in paths:
+        for path in layers:
             rank = next((v for p, v in config.rank_pattern.items() if matches(p, path)), config.r)
             alpha = next((v for p, v in config.alpha_pattern.items() if matches(p, path)), config.alpha)
             if rank:
@@ -170,24 +155,6 @@ class LoRAMethod(Mergeable, Method):
         norm = wanted.norm()
         errors[site.path] = [float((wanted - w).norm() / norm) for w in (site.base(), site.merged())]
 
-    def _uninstall(self) -> None:
-        places = shared_places(self.model)
-        for site in self._sites.values():
-            site.remove(places)
-        self._values.restore()
-
-    def _switch(self, enabled: bool) -> None:
-        for site in self._sites.values():
-            site.switch(enabled)
-        self._values.swap()
-
-    def tensors(self) -> dict[str, torch.Tensor]:
-        own = {f"{path}.{end}": t for path, site in self._sites.items() for end, t in site.named_tensors().items()}
-        return own | self._values.parameters()
-
-    def notes(self) -> dict[str, Any]:
-        return dict(self._notes)
-
     # PEFT's format
 
     def _changes(self) -> tuple[dict[str, LoRASettings], dict[str, torch.Tensor]]:
@@ -211,27 +178,11 @@ class LoRAMethod(Mergeable, Method):
         if not layers or any(is_convolution(m) and _differs_in_peft(m) for m in layers):
             return None
         settings, tensors = self._changes()
-        own = {m for m in self.model.modules() if isinstance(m, LowRank)}
-        model_config = getattr(self.model, "config", None)
-        config = adapter_config(
-            settings,
-            module_paths=[path for path, m in self.model.named_modules() if m not in own],
-            modules_to_save=self._whole,
-            fan_in_fan_out=all(_is_transposed(m) for m in layers),
-            base_model=getattr(model_config, "_name_or_path", None) or None,
-            class_name=type(self.model).__name__,
-            auto_mapping=self._mapping(),
-        )
-        tensors |= peft_names(self._values.parameters(), self._sites)
-        return config | {"bias": self.config.bias} | self.peft_fields, tensors
-
-    def _mapping(self) -> dict[str, Any] | None:
-        """`auto_mapping`: the model's class where PEFT needs it, and what PEFT has no field for."""
-        kind = type(self.model)
-        mapping = {"base_model_class": kind.__name__, "parent_library": kind.__module__}
-        if self.name not in ("lora", "dora"):
-            return mapping | {"method": self.name} | {f: getattr(self.config, f) for f in self.extra_settings}
-        return None if hasattr(self.model, "config") else mapping
+        config = self._peft_config(settings) | self.peft_fields
+        if self.name not in ("lora", "dora"):  # in PEFT all of them are LORA
+            own = {field: getattr(self.config, field) for field in self.extra_settings}
+            config["auto_mapping"] = self._mapping() | {"method": self.name} | own
+        return config, tensors | self._beside_in_peft()
 
     @classmethod
     def reads(cls, config: dict[str, Any]) -> bool:
@@ -258,7 +209,7 @@ class LoRAMethod(Mergeable, Method):
         if not settings:
             raise MethodError("there is no lora_A in the file")
         first = next(iter(settings.values()))
-        exact = {path: f"re:{re.escape(path)}" for path in settings}
+        exact = dict(zip(settings, exact_patterns(settings), strict=True))
         mapping = config.get("auto_mapping") or {}
         return cls.config_class(
             **{field: mapping[field] for field in cls.extra_settings},
@@ -272,12 +223,6 @@ class LoRAMethod(Mergeable, Method):
             bias=config.get("bias", "none"),
             modules_to_save=saved_names(config, own),
         ), own
-
-
-def _is_transposed(module: nn.Module) -> bool:
-    from qlora_engine.nn.nf4_linear import is_transposed_linear
-
-    return getattr(module, "fan_in_fan_out", False) or is_transposed_linear(module)
 
 
 def _differs_in_peft(module: nn.Module) -> bool:

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 import qlora_engine as qe
-from qlora_engine.peft import BitFit, DoRA, LoRA, LoRAFA, LoRAPlus, MethodConfig
+from qlora_engine.peft import BitFit, DoRA, LoRA, LoRAFA, LoRAPlus, MethodConfig, VeRA
 from tests.models.tiny import bert, gpt2, llama
 
 MODELS = {"llama": llama, "gpt2": gpt2, "bert": bert}
@@ -40,6 +40,8 @@ CASES = {
     "lora, embeddings": Case(LoRA(r=4, target_modules=["re:.*(embed_tokens|wte|word_embeddings)"])),
     "lora_plus": Case(LoRAPlus(r=4, alpha=8, ratio=4.0)),
     "lora_fa": Case(LoRAFA(r=4, alpha=8)),
+    "vera": Case(VeRA(r=16), learning_rate=3e-2),
+    "vera, from a seed": Case(VeRA(r=8, d_initial=0.5, seed=3, save_projection=False), learning_rate=3e-2),
     "dora": Case(DoRA(r=4, alpha=8)),
     "dora, gaussian": Case(DoRA(r=3, init="gaussian", bias="lora_only")),
 }
