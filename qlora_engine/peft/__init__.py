@@ -1,5 +1,6 @@
 """Parameter-efficient methods behind one call: `apply(model, BitFit())`."""
 
+from qlora_engine.peft.adalora import AdaLoRA
 from qlora_engine.peft.base import METHODS, Method, MethodConfig, MethodError, MethodReport, applied, apply, load
 from qlora_engine.peft.bitfit import BitFit
 from qlora_engine.peft.dora import DoRA
@@ -10,6 +11,7 @@ from qlora_engine.peft.vera import VeRA
 
 __all__ = [
     "METHODS",
+    "AdaLoRA",
     "BitFit",
     "DoRA",
     "LoRA",

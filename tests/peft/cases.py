@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 import qlora_engine as qe
-from qlora_engine.peft import BitFit, DoRA, LoRA, LoRAFA, LoRAPlus, MethodConfig, VeRA
+from qlora_engine.peft import AdaLoRA, BitFit, DoRA, LoRA, LoRAFA, LoRAPlus, MethodConfig, VeRA
 from tests.models.tiny import bert, gpt2, llama
 
 MODELS = {"llama": llama, "gpt2": gpt2, "bert": bert}
@@ -42,6 +42,7 @@ CASES = {
     "lora_fa": Case(LoRAFA(r=4, alpha=8)),
     "vera": Case(VeRA(r=16), learning_rate=3e-2),
     "vera, from a seed": Case(VeRA(r=8, d_initial=0.5, seed=3, save_projection=False), learning_rate=3e-2),
+    "adalora": Case(AdaLoRA(init_r=6, target_r=3, total_steps=20)),
     "dora": Case(DoRA(r=4, alpha=8)),
     "dora, gaussian": Case(DoRA(r=3, init="gaussian", bias="lora_only")),
 }

@@ -5,7 +5,7 @@ import torch
 
 from qlora_engine import peft
 from qlora_engine.nn import NF4Linear
-from qlora_engine.peft import DoRA, LoRA, LoRAFA, VeRA
+from qlora_engine.peft import AdaLoRA, DoRA, LoRA, LoRAFA, VeRA
 from tests.peft.cases import build, logits
 from tests.peft.test_lora import EVERYTHING, Mixed, perturb
 
@@ -14,6 +14,7 @@ CONFIGS = {
     "pissa": LoRA(r=4, init="pissa"),
     "dora": DoRA(r=4, alpha=8),
     "vera": VeRA(r=16),
+    "adalora": AdaLoRA(init_r=6, total_steps=9, target_r=4),
     "lora_fa": LoRAFA(r=4, alpha=8),
 }
 METHODS = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
