@@ -305,13 +305,17 @@ def apply(model: nn.Module, config: MethodConfig) -> Method:
 
 
 def reapply(method: Method, state: dict[str, torch.Tensor]) -> None:
-    """Puts a method that was removed on its model again, with the tensors that it had."""
+    """Puts a method that is not on its model there, with tensors that it had, here or in a file."""
     method._restored = state
     try:
         _put_on(method)
     finally:
         method._restored = None
-    method.load_state_dict(state)
+    try:
+        method.load_state_dict(state)
+    except MethodError:
+        method.remove()
+        raise
 
 
 def _put_on(method: Method) -> None:
@@ -360,10 +364,6 @@ def load(model: nn.Module, folder: str | os.PathLike) -> Method:
         if cls is None:
             raise MethodError(f"{path}: peft_type {kind!r} is not known here")
         config, tensors = cls.from_peft(saved, tensors)
-    method = apply(model, config)
-    try:
-        method.load_state_dict(tensors)
-    except MethodError:
-        method.remove()
-        raise
+    method = cls(model, config)
+    reapply(method, tensors)
     return method

@@ -108,4 +108,7 @@ class DoRAMethod(LoRAMethod):
 
     def _initialise(self, site: BranchSite) -> None:
         super()._initialise(site)
+        self._fit(site)
+
+    def _fit(self, site: BranchSite) -> None:
         site.branch.start_at_norm(site.layer)

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from qlora_engine.peft.base import MethodError
+from qlora_engine.quantization.weight import NF4Weight, quantize
 
 INITIALISATIONS = ("kaiming", "gaussian", "both", "orthogonal", "pissa", "loftq")
 
@@ -68,6 +69,47 @@ def principal(A: torch.Tensor, B: torch.Tensor, matrix: torch.Tensor, scaling: f
     root = (S[:rank] / scaling).sqrt()
     A.copy_((root[:, None] * Vh[:rank]).reshape(A.shape))
     B.copy_((U[:, :rank] * root).reshape(B.shape))
+
+
+@torch.no_grad()
+def loftq(
+    A: torch.Tensor, B: torch.Tensor, weight: torch.Tensor, scaling: float, w4: NF4Weight, iterations: int
+) -> NF4Weight:
+    """A and B that take off what quantization lost; algorithm 1 of Li et al. 2023, "LoftQ".
+
+    Args:
+        A: written.
+        B: written.
+        weight: float32 `[out, in]`, before quantization.
+        scaling: factor of the product.
+        w4: its 4-bit weight, the first iteration's.
+        iterations: alternations; each after the first quantizes `weight - scaling * B A` anew.
+
+    Returns:
+        The 4-bit weight that A and B were fitted to last.
+    """
+    for iteration in range(iterations):
+        if iteration:
+            w4 = quantize(weight - _product(A, B, scaling), w4.blocksize, w4.double_quant)
+        principal(A, B, weight - w4.dequantize(torch.float32), scaling)
+    return w4
+
+
+@torch.no_grad()
+def pissa_of_quantized(
+    A: torch.Tensor, B: torch.Tensor, weight: torch.Tensor, scaling: float, w4: NF4Weight
+) -> NF4Weight:
+    """A and B from the largest singular vectors of a weight; Meng et al. 2024, "PiSSA", section 4 (QPiSSA).
+
+    Returns:
+        `weight - scaling * B A` in 4 bits, in the format of `w4`.
+    """
+    principal(A, B, weight, scaling)
+    return quantize(weight - _product(A, B, scaling), w4.blocksize, w4.double_quant)
+
+
+def _product(A: torch.Tensor, B: torch.Tensor, scaling: float) -> torch.Tensor:
+    return scaling * (B.flatten(1).float() @ A.flatten(1).float())
 
 
 def reference_weight(reference, path: str, layer: nn.Module, transposed: bool) -> torch.Tensor:

@@ -15,7 +15,7 @@ from qlora_engine.peft.beside import peft_names, trained_beside
 from qlora_engine.peft.branch import Branch
 from qlora_engine.peft.layers import choose_layers, is_adaptable
 from qlora_engine.peft.merging import Mergeable
-from qlora_engine.peft.sites import BranchSite, FusedSite
+from qlora_engine.peft.sites import BranchSite, FusedSite, tell_changed
 
 
 class LayerwiseMethod(Mergeable, Method):
@@ -67,6 +67,12 @@ class LayerwiseMethod(Mergeable, Method):
     def tensors(self) -> dict[str, torch.Tensor]:
         own = {f"{path}.{end}": t for path, site in self._sites.items() for end, t in site.named_tensors().items()}
         return own | self._values.parameters()
+
+    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
+        super().load_state_dict(state)
+        for site in self._sites.values():
+            if site.base_tensors():
+                tell_changed(site.layer)
 
     def notes(self) -> dict[str, Any]:
         return dict(self._notes)

@@ -15,12 +15,13 @@ from qlora_engine.models.targets import check_patterns, matches
 from qlora_engine.nn import NF4Linear
 from qlora_engine.nn.qlora_linear import DEFAULT_ADAPTER, LoRASettings
 from qlora_engine.peft import initialise
-from qlora_engine.peft.base import MethodConfig, MethodError, register
+from qlora_engine.peft.base import MethodConfig, MethodError, applied, register
 from qlora_engine.peft.beside import own_names, saved_names
 from qlora_engine.peft.branch import LowRank
 from qlora_engine.peft.layers import exact_patterns, is_convolution
 from qlora_engine.peft.layerwise import LayerwiseMethod
 from qlora_engine.peft.sites import BranchSite, FusedSite
+from qlora_engine.quantization.weight import NF4Weight
 
 BIASES = ("none", "all", "lora_only")
 
@@ -45,10 +46,14 @@ class LoRA(MethodConfig):
             normal with deviation `sigma`, so that the output changes at once: a warning, and `disturbance` in the
             report. "orthogonal": both full with B A = 0. "pissa": the largest singular vectors of the weight (Meng et
             al. 2024), whose product is taken off again by a frozen branch, so that base weights stay. "loftq": the
-            best low-rank part of what 4-bit quantization lost (Li et al. 2023), which needs `reference`.
+            best low-rank part of what 4-bit quantization lost (Li et al. 2023), which needs `reference`. "pissa" with
+            a `reference`, on 4-bit layers: A and B from the reference, and the layer's weight is quantized anew
+            without their product.
         sigma: deviation for "both".
-        reference: for "loftq": the weights before quantization, as tensors by name or a folder of safetensors. Not
-            saved.
+        reference: the weights before quantization, as tensors by name or a folder of safetensors. Not saved.
+        loftq_iterations: alternations of quantizing the weight without the adapter's product and of fitting the
+            product. 1 leaves the 4-bit weights as they are; more exchange them, as "pissa" with a reference does:
+            the file then holds them, in a format that PEFT does not have.
         bias: which biases are trained as well: "none", "all", or those of adapted layers ("lora_only").
         modules_to_save: patterns of modules that are trained whole.
         adapter_name: its name among the adapters of the model.
@@ -69,6 +74,7 @@ class LoRA(MethodConfig):
     init: str = "kaiming"
     sigma: float = 0.02
     reference: Any = dataclasses.field(default=None, repr=False)
+    loftq_iterations: int = 1
     bias: str = "none"
     modules_to_save: str | Sequence[str] = ()
     adapter_name: str = DEFAULT_ADAPTER
@@ -79,6 +85,8 @@ class LoRA(MethodConfig):
         LoRASettings(max(self.r, 1), self.alpha, self.dropout, self.rslora)
         if self.init not in initialise.INITIALISATIONS:
             raise ValueError(f"init={self.init!r}; expected one of {', '.join(initialise.INITIALISATIONS)}")
+        if self.loftq_iterations < 1:
+            raise ValueError(f"loftq_iterations is {self.loftq_iterations}; expected at least 1")
         if self.bias not in BIASES:
             raise ValueError(f"bias={self.bias!r}; expected one of {', '.join(BIASES)}")
         if not self.adapter_name or "." in self.adapter_name:
@@ -91,7 +99,12 @@ class LoRA(MethodConfig):
 
 @register
 class LoRAMethod(LayerwiseMethod):
-    """A `LowRank` or a fused adapter on each chosen layer."""
+    """A `LowRank` or a fused adapter on each chosen layer.
+
+    Attributes:
+        quantization_errors: after an initialisation with `reference`, path -> `|W - Q| / |W|` before, and
+            `|W - (Q' + scaling * B A)| / |W|` with the adapter.
+    """
 
     config_class = LoRA
     peft_type = "LORA"
@@ -101,6 +114,7 @@ class LoRAMethod(LayerwiseMethod):
     extra_settings: ClassVar[tuple[str, ...]] = ()  # fields that PEFT's configuration has no place for
 
     def _install(self) -> None:
+        self.quantization_errors: dict[str, tuple[float, float]] = {}
         super()._install()
         if "disturbance" in self._notes:
             initialise.warn_disturbed(self._notes["disturbance"])
@@ -128,6 +142,8 @@ class LoRAMethod(LayerwiseMethod):
         if self._restored is not None:
             if f"{site.path}.start_A" in self._restored:
                 site.take_off_start()
+            if f"{site.path}.base.packed" in self._restored:
+                site.replace_base(_copied(site.layer.nf4_weight))
             return
         A, B = site.factors
         if config.init == "gaussian":
@@ -138,22 +154,44 @@ class LoRAMethod(LayerwiseMethod):
             initialise.both(A, B, config.sigma)
             share = float((site.merged() - site.base()).norm() / site.base().norm())
             self._notes["disturbance"] = max(share, self._notes.get("disturbance", 0.0))
+        elif config.init == "loftq" or (config.init == "pissa" and config.reference is not None):
+            self._make_up_for_quantization(site)
         elif config.init == "pissa":
             initialise.principal(A, B, site.base(), site.settings.scaling)
             site.take_off_start()
-        elif config.init == "loftq":
-            self._loftq(site)
 
-    def _loftq(self, site: BranchSite | FusedSite) -> None:
-        if self.config.reference is None:
+    def _make_up_for_quantization(self, site: BranchSite | FusedSite) -> None:
+        config: LoRA = self.config
+        if config.reference is None:
             raise MethodError("init='loftq' needs reference, the weights before they were quantized")
-        if not isinstance(site.layer, NF4Linear):
-            raise MethodError(f"init='loftq' makes up for 4-bit quantization; {site.path} is not in 4 bits")
-        wanted = initialise.reference_weight(self.config.reference, site.path, site.layer, site.layer.fan_in_fan_out)
-        initialise.principal(*site.factors, wanted - site.base(), site.settings.scaling)
-        errors = self._notes.setdefault("quantization_error", {})
-        norm = wanted.norm()
-        errors[site.path] = [float((wanted - w).norm() / norm) for w in (site.base(), site.merged())]
+        layer = site.layer
+        if not isinstance(layer, NF4Linear):
+            raise MethodError(f"init={config.init!r} makes up for 4-bit quantization; {site.path} is not in 4 bits")
+        exchanges = config.init == "pissa" or config.loftq_iterations > 1
+        if exchanges and applied(self.model):
+            raise MethodError("other methods are on the model, whose 4-bit weights this initialisation exchanges")
+        wanted = initialise.reference_weight(config.reference, site.path, layer, layer.fan_in_fan_out)
+        norm, before = wanted.norm(), (wanted - site.base()).norm()
+        if config.init == "pissa":
+            w4 = initialise.pissa_of_quantized(*site.factors, wanted, site.settings.scaling, layer.nf4_weight)
+        else:
+            w4 = initialise.loftq(
+                *site.factors, wanted, site.settings.scaling, layer.nf4_weight, config.loftq_iterations
+            )
+        if exchanges:
+            site.replace_base(w4)
+        self._fit(site)
+        self.quantization_errors[site.path] = (float(before / norm), float((wanted - site.merged()).norm() / norm))
+
+    def _fit(self, site: BranchSite | FusedSite) -> None:
+        """What must follow from A and B that were set anew."""
+
+    def notes(self) -> dict[str, Any]:
+        found = super().notes()
+        if self.quantization_errors:
+            before, after = (max(pair) for pair in zip(*self.quantization_errors.values(), strict=True))
+            found |= {"quantization_error_before": before, "quantization_error": after}
+        return found
 
     # PEFT's format
 
@@ -173,9 +211,10 @@ class LoRAMethod(LayerwiseMethod):
         return settings, tensors
 
     def to_peft(self) -> tuple[dict[str, Any], dict[str, torch.Tensor]] | None:
-        """PEFT's LORA; None at rank 0, and for convolutions whose dilation or padding PEFT's branch does not have."""
+        """PEFT's LORA; None at rank 0, where 4-bit weights were exchanged, and for convolutions that PEFT lacks."""
         layers = [site.layer for site in self._sites.values()]
-        if not layers or any(is_convolution(m) and _differs_in_peft(m) for m in layers):
+        exchanged = any(site.base_tensors() for site in self._sites.values())
+        if not layers or exchanged or any(is_convolution(m) and _differs_in_peft(m) for m in layers):
             return None
         settings, tensors = self._changes()
         config = self._peft_config(settings) | self.peft_fields
@@ -223,6 +262,11 @@ class LoRAMethod(LayerwiseMethod):
             bias=config.get("bias", "none"),
             modules_to_save=saved_names(config, own),
         ), own
+
+
+def _copied(w4: NF4Weight) -> NF4Weight:
+    tensors = {f.name: getattr(w4, f.name) for f in dataclasses.fields(w4)}
+    return NF4Weight(**{n: t.clone() if isinstance(t, torch.Tensor) else t for n, t in tensors.items()})
 
 
 def _differs_in_peft(module: nn.Module) -> bool:

@@ -12,8 +12,8 @@ from qlora_engine.models.merge import unmerge as unmerge_packed
 from qlora_engine.models.prepare import own_parameters, replace_module, shared_places
 from qlora_engine.nn import NF4Linear
 from qlora_engine.peft.base import MethodError, applied, reapply
-from qlora_engine.peft.branch import Branch
 from qlora_engine.peft.layers import like_weight, shared_weights
+from qlora_engine.peft.sites import tell_changed
 from qlora_engine.quantization.weight import quantize
 
 
@@ -73,7 +73,7 @@ class Mergeable:
         plain: dict[str, nn.Module] = {}
         for path, site in self._sites.items():
             report.layers.append(self._write(path, site, into, before, plain))
-            _tell(site.layer)
+            tell_changed(site.layer)
         self._values.keep()
         self.remove()
         places = shared_places(self.model)
@@ -111,7 +111,7 @@ class Mergeable:
                 layer.set_nf4_weight(old)
             else:
                 layer.weight.data = old
-            _tell(self.model.get_submodule(path))
+            tell_changed(self.model.get_submodule(path))
         for path, parameter in before.tied.items():
             self.model.get_submodule(path)._parameters["weight"] = parameter
         if before.tied_keys is not None:
@@ -149,10 +149,11 @@ class Mergeable:
                 stored, after = plain[path].weight.detach().float(), plain[path].weight.nbytes
                 stored = stored.T if layer.fan_in_fan_out else stored
             else:
-                before.weights[path] = layer.nf4_weight
+                before.weights[path] = site.original_base()
                 w4 = quantize(merged, layer.blocksize, layer.double_quant)
                 layer.set_nf4_weight(dataclasses.replace(w4, dtype=layer.weight_dtype))
                 stored, after = layer.dequantize(torch.float32), w4.nbytes
+                site.keep_base()
         else:
             size += layer.weight.nbytes
             before.weights[path] = layer.weight.data
@@ -173,13 +174,6 @@ class Mergeable:
                 parameter.data = parameter.data.to(DTYPES[into])
         if config is not None:
             config.dtype = DTYPES[into]
-
-
-def _tell(layer: nn.Module) -> None:
-    """Branches on a layer may keep something of its weight, which has changed."""
-    for branch in layer.children():
-        if isinstance(branch, Branch):
-            branch.base_changed(layer)
 
 
 def _entry(path: str, weight, merged, stored, size: int, after: int) -> LayerMerge:

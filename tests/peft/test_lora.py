@@ -1,3 +1,5 @@
+import dataclasses
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -7,7 +9,7 @@ import qlora_engine as qe
 from qlora_engine import peft
 from qlora_engine.nn import NF4Linear, QLoRALinear
 from qlora_engine.optim import lora_plus_groups
-from qlora_engine.peft import BitFit, LoRA
+from qlora_engine.peft import BitFit, DoRA, LoRA
 from tests.peft.cases import build, inputs, logits
 
 
@@ -222,13 +224,65 @@ def test_loftq_takes_off_quantization_error(name, tmp_path):
         net = build(name, True)
         method = peft.apply(net, LoRA(r=rank, init="loftq", reference=full.state_dict()))
         errors.append(float((logits(net, name) - expected).norm()))
-        for before, after in method.notes().get("quantization_error", {}).values():
+        for before, after in method.quantization_errors.values():
             assert after < before < 0.15
     assert errors[0] > errors[1] > errors[2]
     full.save_pretrained(tmp_path)
     again = build(name, True)
     peft.apply(again, LoRA(r=16, init="loftq", reference=str(tmp_path)))
     torch.testing.assert_close(logits(again, name), logits(net, name))
+
+
+EXCHANGES = {
+    "loftq": LoRA(r=8, alpha=16, init="loftq", loftq_iterations=4),
+    "pissa": LoRA(r=8, alpha=16, init="pissa"),
+    "dora": DoRA(r=8, alpha=16, init="loftq", loftq_iterations=3),
+}
+
+
+@pytest.mark.parametrize("case", EXCHANGES)
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_4_bit_weights_exchanged_at_the_start_come_back(case, name, tmp_path):
+    full, net = build(name, False), build(name, True)
+    before = {n: t.clone() for n, t in net.state_dict().items()}
+    base, expected = logits(net, name), logits(full, name)
+    method = peft.apply(net, dataclasses.replace(EXCHANGES[case], reference=full.state_dict()))
+    assert (logits(net, name) - expected).norm() < (base - expected).norm()
+    assert all(after < error for error, after in method.quantization_errors.values())
+    assert method.report().notes["quantization_error"] < method.report().notes["quantization_error_before"]
+    site = next(iter(method._sites.values()))
+    wanted = full.state_dict()[f"{site.path}.weight"]
+    wanted = wanted.T if name == "gpt2" else wanted
+    exact = float((wanted - site.merged()).norm() / wanted.norm())
+    assert method.quantization_errors[site.path][1] == pytest.approx(exact, rel=1e-3)
+    perturb(method)
+    learnt = logits(net, name)
+    with method.disabled():
+        assert torch.equal(logits(net, name), base)
+        assert all(torch.equal(t, before[n]) for n, t in net.state_dict().items() if n in before)
+    assert torch.equal(logits(net, name), learnt)
+    method.save(tmp_path)
+    other = build(name, True)
+    loaded = peft.load(other, tmp_path)
+    torch.testing.assert_close(logits(other, name), learnt, rtol=1e-5, atol=1e-5)
+    for merged, into in ((loaded, None), (method, "fp32")):
+        merged.merge(into=into)
+        if into:
+            torch.testing.assert_close(logits(net, name), learnt, rtol=1e-3, atol=1e-4)
+        merged.unmerge()
+        torch.testing.assert_close(logits(merged.model, name), learnt, rtol=1e-5, atol=1e-5)
+        merged.remove()
+        after = merged.model.state_dict()
+        assert after.keys() == before.keys()
+        assert all(torch.equal(t, before[n]) for n, t in after.items())
+
+
+def test_more_iterations_take_off_more():
+    full, errors = build("llama", False), []
+    for iterations in (1, 2, 5):
+        config = LoRA(r=8, init="loftq", loftq_iterations=iterations, reference=full.state_dict())
+        errors.append(peft.apply(build("llama", True), config).notes()["quantization_error"])
+    assert errors[0] > errors[1] > errors[2]
 
 
 @pytest.mark.parametrize(
