@@ -169,6 +169,8 @@ def with_adapters(model: nn.Module, path: str, places) -> QLoRALinear:
     new = QLoRALinear.from_nf4(layer, r=0)
     _carry(layer, new)
     new.__dict__["layer_before"] = layer
+    layer.weight = nn.Parameter(layer.weight.new_empty(0), requires_grad=False)  # else they would keep memory
+    layer.absmax = layer.nested_absmax = layer.nested_offset = None  # when the model moves to another device
     replace_module(model, path, new, places)
     return new
 

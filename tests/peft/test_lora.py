@@ -9,7 +9,7 @@ import qlora_engine as qe
 from qlora_engine import peft
 from qlora_engine.nn import NF4Linear, QLoRALinear
 from qlora_engine.optim import lora_plus_groups
-from qlora_engine.peft import BitFit, DoRA, LoRA
+from qlora_engine.peft import AdaLoRA, BitFit, DoRA, LoRA, LoRAFA, VeRA
 from tests.peft.cases import build, inputs, logits
 
 
@@ -331,6 +331,42 @@ def test_factors_are_found_by_lora_plus():
         groups = lora_plus_groups(net, 1e-3, ratio=4)
         assert [g["lr"] for g in groups] == [1e-3, 4e-3]
         assert {id(p) for p in groups[1]["params"]} == {id(s.factors[1]) for s in method._sites.values()}
+
+
+SIXTEEN = {
+    "lora": LoRA(r=4, target_modules=["all-linear", "embed_tokens"]),
+    "pissa": LoRA(r=4, init="pissa"),
+    "dora": DoRA(r=4),
+    "lora_fa": LoRAFA(r=4),
+    "vera": VeRA(r=16),
+    "adalora": AdaLoRA(init_r=4, target_r=2, total_steps=5),
+}
+
+
+@pytest.mark.parametrize("config", SIXTEEN.values(), ids=SIXTEEN.keys())
+@pytest.mark.parametrize("packed", [False, True], ids=["full", "nf4"])
+def test_models_in_16_bits_keep_their_dtype(config, packed):
+    results = []
+    for dtype in (torch.bfloat16, torch.float32):
+        net = build("llama", packed).to(torch.bfloat16)
+        torch.manual_seed(0)
+        method = perturb(peft.apply(net, config))
+        assert {p.dtype for p in method.trainable_parameters().values()} == {torch.float32}
+        if dtype == torch.float32:
+            net.to(dtype)
+        output = net(**inputs("llama"))
+        assert output.logits.dtype == dtype
+        output.loss.backward()
+        results.append([output.logits.float(), *(p.grad.float() for p in method.trainable_parameters().values())])
+    low, exact = results
+    for mine, wanted in zip(low, exact, strict=True):
+        assert (mine - wanted).norm() < 0.05 * wanted.norm() + 1e-4
+
+
+def test_rank_zero_is_saved_and_loaded(tmp_path):
+    peft.apply(build("llama", False), LoRA(r=0)).save(tmp_path)
+    net = build("llama", False)
+    assert peft.load(net, tmp_path).trainable_parameters() == {}
 
 
 def test_4_bit_layers_are_fused_and_come_back():
