@@ -17,6 +17,7 @@ from qlora_engine.models.peft_format import CONFIG_FILE, WEIGHTS_FILE, read_tens
 from qlora_engine.nn import NF4Linear
 
 OWN_FORMAT = "QLORA_ENGINE"  # peft_type in the files of methods that PEFT does not have
+METHOD_KEY = "qlora_engine_method"  # in PEFT's configuration, where one peft_type is that of several methods
 _ATTRIBUTE = "_qlora_methods"
 
 
@@ -131,7 +132,9 @@ class Method(abc.ABC):
     @classmethod
     def reads(cls, config: dict[str, Any]) -> bool:
         """Whether `from_peft` is for a file with this `adapter_config.json`."""
-        return cls.peft_type is not None and config["peft_type"] == cls.peft_type
+        name = cls.config_class.name
+        kind = config["peft_type"]
+        return kind is not None and kind == cls.peft_type and config.get(METHOD_KEY, name) == name
 
     @classmethod
     def from_peft(cls, config: dict[str, Any], tensors: dict[str, torch.Tensor]) -> tuple[MethodConfig, dict]:
@@ -141,6 +144,10 @@ class Method(abc.ABC):
             MethodError: where the file asks for what the method does not do.
         """
         raise MethodError(f"{cls.config_class.name} adapters of PEFT cannot be loaded here")
+
+    def folded(self) -> tuple[MethodConfig, dict[str, torch.Tensor]]:
+        """Settings and tensors of its file, without what only training needs. Default: its own."""
+        return self.config, self.tensors()
 
     def parameter_groups(self, lr: float, **options) -> list[dict[str, Any]]:
         """Groups for an optimizer; one, unless the method wants several learning rates."""
@@ -152,6 +159,9 @@ class Method(abc.ABC):
 
     def after_step(self, step: int) -> None:  # noqa: B027 - most methods do nothing here
         """What happens after each optimizer step (from 1 on), while gradients are still there."""
+
+    def finish(self) -> None:  # noqa: B027 - most methods do nothing here
+        """What happens once, when training is over, such as pruning."""
 
     def notes(self) -> dict[str, Any]:
         """What the report says beside the counts."""
@@ -182,6 +192,17 @@ class Method(abc.ABC):
             if before:
                 self.enable()
 
+    @contextlib.contextmanager
+    def _taking_part(self) -> Iterator[None]:
+        """Where values of the base are exchanged on `disable`: `tensors` are what was learnt inside the context."""
+        before = self.enabled
+        self.enable()
+        try:
+            yield
+        finally:
+            if not before:
+                self.disable()
+
     def remove(self) -> nn.Module:
         """Undoes `apply`; returns the model. Base weights are the bits they were before.
 
@@ -190,15 +211,22 @@ class Method(abc.ABC):
         """
         self._check_applied()
         self.enable()
+        own = {id(param) for param in self.trainable_parameters().values()}
         self._uninstall()
+        methods = applied(self.model)
+        later = methods[methods.index(self) + 1 :]
+        if later:  # the base stays frozen for them; the next one thaws it in its turn
+            later[0]._required_grad.update(self._required_grad)
+        flags = {} if later else self._required_grad
         for name, param in self.model.named_parameters():
-            param.requires_grad_(self._required_grad.get(name, param.requires_grad))
-        applied(self.model).remove(self)
+            param.requires_grad_(flags.get(name, param.requires_grad and id(param) not in own))
+        methods.remove(self)
         return self.model
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """Copies of `tensors` in CPU memory, contiguous."""
-        return {name: t.detach().cpu().contiguous().clone() for name, t in self.tensors().items()}
+        with self._taking_part():
+            return {name: t.detach().cpu().contiguous().clone() for name, t in self.tensors().items()}
 
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
         """Writes `state` into `tensors`.
@@ -220,8 +248,8 @@ class Method(abc.ABC):
                     f"{self.name}: {name} is {theirs.dtype} {tuple(theirs.shape)} in the file; this model needs "
                     f"{tensor.dtype} {tuple(tensor.shape)}"
                 )
-        with torch.no_grad():
-            for name, tensor in own.items():
+        with self._taking_part(), torch.no_grad():
+            for name, tensor in self.tensors().items():
                 tensor.copy_(state[name])
 
     def save(self, folder: str | os.PathLike) -> None:
@@ -231,12 +259,14 @@ class Method(abc.ABC):
         """
         from safetensors.torch import save_file
 
-        found = self.to_peft()
-        if found is None:
-            own = {"method": self.name, "config": self.config.to_json()}
-            found = {"peft_type": OWN_FORMAT} | own, self.state_dict()
-        config, tensors = found
-        tensors = {name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}
+        with self._taking_part():
+            found = self.to_peft()
+            if found is None:
+                settings, tensors = self.folded()
+                own = {"method": self.name, "config": settings.to_json()}
+                found = {"peft_type": OWN_FORMAT} | own, tensors
+            config, tensors = found
+            tensors = {name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}
         with atomic_files(folder) as temporary:
             (temporary / CONFIG_FILE).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
             save_file(tensors, temporary / WEIGHTS_FILE, metadata={"format": "pt"})
@@ -250,7 +280,7 @@ class Method(abc.ABC):
             method=self.name,
             trainable=sum(p.numel() for p in self.trainable_parameters().values()),
             total=sum(packed.get(id(p), p.numel()) for p in base),
-            saved_bytes=sum(t.nbytes for t in self.tensors().values()),
+            saved_bytes=sum(t.nbytes for t in self.folded()[1].values()),
             notes=self.notes(),
         )
 

@@ -90,6 +90,19 @@ def test_saved_and_loaded_elsewhere(name, model, packed, tmp_path):
     loaded = peft.load(other, tmp_path)
     assert type(loaded) is type(method)
     torch.testing.assert_close(logits(other, model), logits(net, model), rtol=1e-5, atol=1e-5)
+    # what was learnt is saved and loaded while the method is disabled as well
+    with method.disabled():
+        kept = method.state_dict()
+        method.save(tmp_path / "disabled")
+    same_bits(kept, method.state_dict())
+    other = build(model, packed)
+    late = peft.load(other, tmp_path / "disabled")
+    late.disable()
+    late.load_state_dict({k: torch.zeros_like(v) for k, v in late.state_dict().items()})
+    assert torch.equal(logits(other, model), logits(build(model, packed), model))
+    late.load_state_dict(loaded.state_dict())
+    late.enable()
+    torch.testing.assert_close(logits(other, model), logits(net, model), rtol=1e-5, atol=1e-5)
     # a file of another size is refused, and leaves the model as it was
     twin = build(model, packed)
     state = method.state_dict()
