@@ -98,7 +98,8 @@ def test_saved_and_loaded_elsewhere(name, model, packed, tmp_path):
     other = build(model, packed)
     late = peft.load(other, tmp_path / "disabled")
     late.disable()
-    late.load_state_dict({k: torch.zeros_like(v) for k, v in late.state_dict().items()})
+    state = late.state_dict()  # numbers become zero, but not positions and the like
+    late.load_state_dict({k: torch.zeros_like(v) if v.is_floating_point() else v for k, v in state.items()})
     assert torch.equal(logits(other, model), logits(build(model, packed), model))
     late.load_state_dict(loaded.state_dict())
     late.enable()
