@@ -12,7 +12,7 @@ from qlora_engine.models.prepare import replace_module
 from qlora_engine.models.targets import check_patterns, is_linear, left_by_default, matches_any
 from qlora_engine.nn import NF4Linear, QLoRALinear
 from qlora_engine.nn.nf4_linear import is_transposed_linear
-from qlora_engine.peft.base import MethodError
+from qlora_engine.peft.base import MethodError, applied
 
 HOOKS = (
     "_forward_hooks",
@@ -126,14 +126,16 @@ def choose_layers(
         model: the model.
         target_modules: patterns; "all-linear" are the linear layers except heads and such.
         exclude_modules: patterns; layers that are left out although `target_modules` matches.
-        carries: says of a module whether it can carry the method.
+        carries: says of a module with a weight whether it can carry the method. Layers that other methods brought
+            cannot.
 
     Raises:
         TargetError: where a pattern matches no such layer; near names are in the message.
         MethodError: where no layer is left, or a convolution has groups.
     """
     targets, excluded = as_patterns(target_modules), as_patterns(exclude_modules)
-    able = {path: m for path, m in model.named_modules() if path and carries(m)}
+    brought = _brought_by_methods(model)
+    able = {p: m for p, m in model.named_modules() if p and carries(m) and id(m.weight) not in brought}
     if not able:
         raise MethodError(f"{type(model).__name__} has no layer that could carry this method")
     named = [pattern for pattern in targets if pattern != ALL_LINEAR]
@@ -156,6 +158,12 @@ def choose_layers(
             "exclude_modules"
         )
     return chosen
+
+
+def _brought_by_methods(model: nn.Module) -> set[int]:
+    """Ids of parameters that are no part of the model but of methods on it, such as a prompt's encoder."""
+    names = {name: id(parameter) for name, parameter in model.named_parameters()}
+    return {own for method in applied(model) for name, own in names.items() if name not in method._required_grad}
 
 
 def with_adapters(model: nn.Module, path: str, places) -> QLoRALinear:
