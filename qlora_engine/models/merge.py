@@ -260,7 +260,7 @@ def _merge_layer(path: str, layer: NF4Linear, names: tuple[str, ...], into: str)
         new = NF4Linear.from_weight(w4, layer.bias, fan_in_fan_out=layer.fan_in_fan_out)
         stored, after = new.dequantize(torch.float32), w4.nbytes
     else:
-        new = _plain_layer(layer, merged.to(DTYPES[into]))
+        new = plain_layer(layer, merged.to(DTYPES[into]))
         stored, after = merged.to(DTYPES[into]).float(), new.weight.nbytes
     new.train(layer.training)
     norm = float(weight.norm()) or 1.0
@@ -274,7 +274,13 @@ def _merge_layer(path: str, layer: NF4Linear, names: tuple[str, ...], into: str)
     return new, LayerMerge(path, delta_norm, kept, error, before, after)
 
 
-def _plain_layer(layer: NF4Linear, weight: torch.Tensor) -> nn.Module:
+def plain_layer(layer: NF4Linear, weight: torch.Tensor) -> nn.Module:
+    """An ordinary layer in the place of a 4-bit one: `nn.Linear`, or transformers' `Conv1D`.
+
+    Args:
+        layer: whose bias is taken over, in the dtype of `weight`.
+        weight: `[out_features, in_features]`, not copied.
+    """
     if layer.fan_in_fan_out:
         from transformers.pytorch_utils import Conv1D
 

@@ -63,8 +63,23 @@ def read_adapter_config(directory: str | os.PathLike) -> dict:
         raise ValueError(f"{path} holds a {type(config).__name__}; expected an object of settings")
     if config.get("peft_type") != "LORA":
         raise ValueError(f"{path}: peft_type is {config.get('peft_type')!r}; only LORA can be loaded here")
-    asked = [field for field in UNSUPPORTED if config.get(field)]
-    if config.get("bias", "none") != "none":
+    check_adapter_config(config, str(path))
+    return config
+
+
+def check_adapter_config(config: Mapping, path: str, carried: Iterable[str] = ()) -> None:
+    """Refuses a configuration of PEFT's LoRA that asks for what is not computed here.
+
+    Args:
+        config: the configuration.
+        path: the file, for messages.
+        carried: fields of `UNSUPPORTED`, or "bias", that the caller does compute.
+
+    Raises:
+        ValueError: names what it asks for.
+    """
+    asked = [field for field in UNSUPPORTED if config.get(field) and field not in carried]
+    if config.get("bias", "none") != "none" and "bias" not in carried:
         asked.append("bias")
     if asked:
         raise ValueError(f"{path} asks for {', '.join(asked)}, which is not supported; load it in PEFT instead")
@@ -79,10 +94,9 @@ def read_adapter_config(directory: str | os.PathLike) -> dict:
     saved = config.get("modules_to_save")
     if saved is not None and not (isinstance(saved, list) and all(isinstance(name, str) for name in saved)):
         raise ValueError(f"{path}: modules_to_save is {saved!r}; expected a list of names")
-    return config
 
 
-def _check_patterns(patterns, field: str, path: Path) -> None:
+def _check_patterns(patterns, field: str, path: str) -> None:
     if patterns is not None and not isinstance(patterns, dict):
         raise ValueError(f"{path}: {field} holds a {type(patterns).__name__}; expected an object of patterns")
     for pattern in patterns or {}:
@@ -143,8 +157,7 @@ def settings_of(config: Mapping, path: str, rank: int, directory: Path) -> LoRAS
         raise ValueError(f"{directory / CONFIG_FILE}: {error}") from error
 
 
-def write_adapter_config(
-    path: Path,
+def adapter_config(
     settings: Mapping[str, LoRASettings],
     *,
     module_paths: list[str],
@@ -153,11 +166,10 @@ def write_adapter_config(
     base_model: str | None,
     class_name: str,
     auto_mapping: dict | None,
-) -> None:
-    """Writes `adapter_config.json` such that PEFT adapts the same layers with the same scaling.
+) -> dict:
+    """What `adapter_config.json` must say for PEFT to adapt the same layers with the same scaling.
 
     Args:
-        path: the file.
         settings: path of each adapted layer -> its settings.
         module_paths: paths of all the model's modules, among which the layers' names must mean just these layers.
         modules_to_save: paths of the modules that are trained whole.
@@ -171,7 +183,7 @@ def write_adapter_config(
     # PEFT has one use_rslora for all layers; where they differ, alpha carries the whole scaling
     alphas = {path: _whole(s.scaling * s.r if mixed else s.alpha) for path, s in settings.items()}
     alpha = _most_common(alphas.values())
-    config = {
+    return {
         "peft_type": "LORA",
         "task_type": _task(class_name, module_paths, modules_to_save),
         "base_model_name_or_path": base_model,
@@ -192,7 +204,11 @@ def write_adapter_config(
         "rank_pattern": {_pattern(p, settings): s.r for p, s in settings.items() if s.r != r},
         "alpha_pattern": {_pattern(p, settings): a for p, a in alphas.items() if a != alpha},
     }
-    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+
+def write_adapter_config(path: Path, settings: Mapping[str, LoRASettings], **options) -> None:
+    """Writes what `adapter_config` says to a file."""
+    path.write_text(json.dumps(adapter_config(settings, **options), indent=2, sort_keys=True) + "\n")
 
 
 def _task(class_name: str, module_paths: list[str], modules_to_save: list[str]) -> str | None:

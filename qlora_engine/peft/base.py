@@ -35,6 +35,10 @@ class MethodConfig:
 
     name: ClassVar[str]
 
+    def to_json(self) -> dict[str, Any]:
+        """The settings as a file has them: what the class is made with."""
+        return dataclasses.asdict(self)
+
 
 @dataclasses.dataclass(frozen=True)
 class MethodReport:
@@ -80,6 +84,7 @@ class Method(abc.ABC):
     def __init__(self, model: nn.Module, config: MethodConfig):
         self.model, self.config, self.enabled = model, config, True
         self._required_grad: dict[str, bool] = {}
+        self._restored: dict[str, torch.Tensor] | None = None  # while `load` or `reapply` install: what comes next
 
     @property
     def name(self) -> str:
@@ -125,6 +130,13 @@ class Method(abc.ABC):
         return None
 
     @classmethod
+    def reads(cls, config: dict[str, Any]) -> bool:
+        """Whether `from_peft` is for a file with this `adapter_config.json`."""
+        name = cls.config_class.name
+        kind = config["peft_type"]
+        return kind is not None and kind == cls.peft_type and config.get(METHOD_KEY, name) == name
+
+    @classmethod
     def from_peft(cls, config: dict[str, Any], tensors: dict[str, torch.Tensor]) -> tuple[MethodConfig, dict]:
         """The inverse of `to_peft`.
 
@@ -136,6 +148,20 @@ class Method(abc.ABC):
     def folded(self) -> tuple[MethodConfig, dict[str, torch.Tensor]]:
         """Settings and tensors of its file, without what only training needs. Default: its own."""
         return self.config, self.tensors()
+
+    def parameter_groups(self, lr: float, **options) -> list[dict[str, Any]]:
+        """Groups for an optimizer; one, unless the method wants several learning rates."""
+        return [{"params": list(self.trainable_parameters().values()), "lr": lr, **options}]
+
+    def penalty(self) -> torch.Tensor | None:
+        """A term that training should add to the loss; None for most methods."""
+        return None
+
+    def after_step(self, step: int) -> None:  # noqa: B027 - most methods do nothing here
+        """What happens after each optimizer step (from 1 on), while gradients are still there."""
+
+    def finish(self) -> None:  # noqa: B027 - most methods do nothing here
+        """What happens once, when training is over, such as pruning."""
 
     def notes(self) -> dict[str, Any]:
         """What the report says beside the counts."""
@@ -185,10 +211,16 @@ class Method(abc.ABC):
         """
         self._check_applied()
         self.enable()
+        own = {id(param) for param in self.trainable_parameters().values()}
         self._uninstall()
+        methods = applied(self.model)
+        later = methods[methods.index(self) + 1 :]
+        if later:  # the base stays frozen for them; the next one thaws it in its turn
+            later[0]._required_grad.update(self._required_grad)
+        flags = {} if later else self._required_grad
         for name, param in self.model.named_parameters():
-            param.requires_grad_(self._required_grad.get(name, param.requires_grad))
-        applied(self.model).remove(self)
+            param.requires_grad_(flags.get(name, param.requires_grad and id(param) not in own))
+        methods.remove(self)
         return self.model
 
     def state_dict(self) -> dict[str, torch.Tensor]:
@@ -231,7 +263,7 @@ class Method(abc.ABC):
             found = self.to_peft()
             if found is None:
                 settings, tensors = self.folded()
-                own = {"method": self.name, "config": dataclasses.asdict(settings)}
+                own = {"method": self.name, "config": settings.to_json()}
                 found = {"peft_type": OWN_FORMAT} | own, tensors
             config, tensors = found
             tensors = {name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}
@@ -298,6 +330,26 @@ def apply(model: nn.Module, config: MethodConfig) -> Method:
     if config.name not in METHODS:
         raise MethodError(f"{config.name!r} is not a method; known are {', '.join(sorted(METHODS))}")
     method = METHODS[config.name](model, config)
+    _put_on(method)
+    return method
+
+
+def reapply(method: Method, state: dict[str, torch.Tensor]) -> None:
+    """Puts a method that is not on its model there, with tensors that it had, here or in a file."""
+    method._restored = state
+    try:
+        _put_on(method)
+    finally:
+        method._restored = None
+    try:
+        method.load_state_dict(state)
+    except MethodError:
+        method.remove()
+        raise
+
+
+def _put_on(method: Method) -> None:
+    model = method.model
     flags = {name: param.requires_grad for name, param in model.named_parameters()}
     kept = {id(p) for other in applied(model) for p in other.trainable_parameters().values()}
     for param in model.parameters():
@@ -311,7 +363,6 @@ def apply(model: nn.Module, config: MethodConfig) -> Method:
         raise
     method._required_grad = flags
     applied(model).append(method)
-    return method
 
 
 def load(model: nn.Module, folder: str | os.PathLike) -> Method:
@@ -339,16 +390,10 @@ def load(model: nn.Module, folder: str | os.PathLike) -> Method:
         except (KeyError, TypeError, ValueError) as error:
             raise MethodError(f"{path}: the settings do not fit {saved['method']}: {error}") from error
     else:
-        named = METHODS.get(saved.get(METHOD_KEY))
-        known = [named] if named is not None else METHODS.values()
-        cls = next((m for m in known if m.peft_type == kind), None)
+        cls = next((m for m in METHODS.values() if m.reads(saved)), None)
         if cls is None:
             raise MethodError(f"{path}: peft_type {kind!r} is not known here")
         config, tensors = cls.from_peft(saved, tensors)
-    method = apply(model, config)
-    try:
-        method.load_state_dict(tensors)
-    except MethodError:
-        method.remove()
-        raise
+    method = cls(model, config)
+    reapply(method, tensors)
     return method

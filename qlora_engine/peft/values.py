@@ -39,6 +39,16 @@ class TrainedValues:
             param.copy_(self._former[name].to(param.device, param.dtype))
             param.grad = None
 
+    def former(self) -> dict[str, torch.Tensor]:
+        """The values from before, by name."""
+        return {name: value.clone() for name, value in self._former.items()}
+
+    @torch.no_grad()
+    def write(self, values: Mapping[str, torch.Tensor]) -> None:
+        """Writes values into the parameters."""
+        for name, param in self.parameters().items():
+            param.copy_(values[name].to(param.device, param.dtype))
+
     def keep(self) -> None:
         """Makes the trained values those that `restore` brings back."""
         self._former = {name: param.detach().clone() for name, param in self.parameters().items()}

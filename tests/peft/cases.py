@@ -6,7 +6,20 @@ import torch
 from torch import nn
 
 import qlora_engine as qe
-from qlora_engine.peft import BitFit, MethodConfig, PrefixTuning, PromptTuning, PTuning, PTuningV2
+from qlora_engine.peft import (
+    AdaLoRA,
+    BitFit,
+    DoRA,
+    LoRA,
+    LoRAFA,
+    LoRAPlus,
+    MethodConfig,
+    PrefixTuning,
+    PromptTuning,
+    PTuning,
+    PTuningV2,
+    VeRA,
+)
 from tests.models.tiny import bert, gpt2, llama
 
 MODELS = {"llama": llama, "gpt2": gpt2, "bert": bert}
@@ -20,13 +33,14 @@ class Case:
         config: makes its settings.
         models: names of the models that can carry it.
         learning_rate: at which a few steps lower the loss.
-        changes_at_once: whether the untrained method already changes the model's output.
+        changes_at_once: whether the untrained method already changes the model's output; None: by rounding
+            alone, on some layers.
     """
 
     config: MethodConfig
     models: tuple[str, ...] = ("llama", "gpt2", "bert")
     learning_rate: float = 1e-2
-    changes_at_once: bool = False
+    changes_at_once: bool | None = False
 
 
 CASES = {
@@ -46,6 +60,18 @@ CASES = {
     "p-tuning v2, mlp": Case(
         PTuningV2(num_virtual_tokens=3, reparametrise=True, encoder_hidden_size=24), changes_at_once=True
     ),
+    "lora": Case(LoRA(r=4, alpha=8)),
+    "lora, gaussian, biases": Case(LoRA(r=3, rslora=True, init="gaussian", bias="all"), models=("gpt2", "bert")),
+    "lora, orthogonal": Case(LoRA(r=5, init="orthogonal"), changes_at_once=True),
+    "lora, pissa": Case(LoRA(r=4, alpha=4, init="pissa"), changes_at_once=None),
+    "lora, embeddings": Case(LoRA(r=4, target_modules=["re:.*(embed_tokens|wte|word_embeddings)"])),
+    "lora_plus": Case(LoRAPlus(r=4, alpha=8, ratio=4.0)),
+    "lora_fa": Case(LoRAFA(r=4, alpha=8)),
+    "vera": Case(VeRA(r=16), learning_rate=3e-2),
+    "vera, from a seed": Case(VeRA(r=8, d_initial=0.5, seed=3, save_projection=False), learning_rate=3e-2),
+    "adalora": Case(AdaLoRA(init_r=6, target_r=3, total_steps=20)),
+    "dora": Case(DoRA(r=4, alpha=8)),
+    "dora, gaussian": Case(DoRA(r=3, init="gaussian", bias="lora_only")),
 }
 
 

@@ -53,7 +53,10 @@ def test_learns_and_leaves_no_trace(name, model, packed):
     wanted = {n: p.requires_grad for n, p in net.named_parameters()}
     method = peft.apply(net, case.config)
     assert peft.applied(net) == [method]
-    assert torch.equal(logits(net, model), expected) != case.changes_at_once
+    if case.changes_at_once is None:
+        torch.testing.assert_close(logits(net, model), expected)
+    else:
+        assert torch.equal(logits(net, model), expected) != case.changes_at_once
     trained = {id(p) for p in method.trainable_parameters().values()}
     assert trained
     assert {id(p) for p in net.parameters() if p.requires_grad} == trained
@@ -95,7 +98,8 @@ def test_saved_and_loaded_elsewhere(name, model, packed, tmp_path):
     other = build(model, packed)
     late = peft.load(other, tmp_path / "disabled")
     late.disable()
-    late.load_state_dict({k: torch.zeros_like(v) for k, v in late.state_dict().items()})
+    state = late.state_dict()  # numbers become zero, but not positions and the like
+    late.load_state_dict({k: torch.zeros_like(v) if v.is_floating_point() else v for k, v in state.items()})
     assert torch.equal(logits(other, model), logits(build(model, packed), model))
     late.load_state_dict(loaded.state_dict())
     late.enable()
