@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 import qlora_engine as qe
-from qlora_engine.peft import BitFit, MethodConfig
+from qlora_engine.peft import IA3, BitFit, MethodConfig
 from tests.models.tiny import bert, gpt2, llama
 
 MODELS = {"llama": llama, "gpt2": gpt2, "bert": bert}
@@ -32,6 +32,7 @@ class Case:
 CASES = {
     "bitfit": Case(BitFit(add_missing=True)),
     "bitfit, own biases": Case(BitFit(), models=("gpt2", "bert")),
+    "ia3": Case(IA3(), learning_rate=3e-2),
 }
 
 
