@@ -1,4 +1,4 @@
-"""IA3 (Liu et al. 2022, "Few-Shot Parameter-Efficient Fine-Tuning is Better and Cheaper than In-Context Learning")."""
+"""IA3 (Liu et al. 2022, "Few-Shot Parameter-Efficient Fine-Tuning ...", arXiv 2205.05638): trained factors."""
 
 import dataclasses
 import re
@@ -138,6 +138,7 @@ class IA3Method(Method):
         parts = self._attached.parts
         inputs = [path for path, part in parts.items() if isinstance(part, InputScale)]
         layers = {path: self.model.get_submodule(path) for path in parts}
+        transposed = any(is_transposed_linear(m) or getattr(m, "fan_in_fan_out", False) for m in layers.values())
         config = {
             "peft_type": "IA3",
             "task_type": None,
@@ -145,9 +146,7 @@ class IA3Method(Method):
             "inference_mode": True,
             "target_modules": "|".join(re.escape(path) for path in sorted(parts)),
             "feedforward_modules": "|".join(re.escape(path) for path in sorted(inputs)) or [],
-            "fan_in_fan_out": any(
-                is_transposed_linear(m) or getattr(m, "fan_in_fan_out", 0) for m in layers.values()
-            ),
+            "fan_in_fan_out": transposed,
             "modules_to_save": None,
             "init_ia3_weights": True,
         }

@@ -45,7 +45,7 @@ class Attached:
         self.parts = dict(parts)
         for path, layer in layers.items():
             part = parts[path]
-            layer.add_module(self.name, part)
+            layer.add_module(self.name, part.train(layer.training))
             if type(part).before is not Part.before:
                 hook = functools.partial(_before, self.name)
                 self._handles.append(layer.register_forward_pre_hook(hook, with_kwargs=True))

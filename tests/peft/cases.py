@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 import qlora_engine as qe
-from qlora_engine.peft import IA3, BitFit, MethodConfig
+from qlora_engine.peft import IA3, BitFit, Bottleneck, MethodConfig
 from tests.models.tiny import bert, gpt2, llama
 
 MODELS = {"llama": llama, "gpt2": gpt2, "bert": bert}
@@ -32,6 +32,9 @@ class Case:
 CASES = {
     "bitfit": Case(BitFit(add_missing=True)),
     "bitfit, own biases": Case(BitFit(), models=("gpt2", "bert")),
+    "bottleneck": Case(Bottleneck(size=6)),
+    "bottleneck, parallel": Case(Bottleneck(size=6, parallel=True, activation="relu", scaling=4.0)),
+    "bottleneck, pfeiffer": Case(Bottleneck(size=6, placement="pfeiffer")),
     "ia3": Case(IA3(), learning_rate=3e-2),
 }
 
