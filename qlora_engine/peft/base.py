@@ -34,6 +34,10 @@ class MethodConfig:
 
     name: ClassVar[str]
 
+    def settings(self) -> dict[str, Any]:
+        """What a file keeps, as JSON can hold it."""
+        return dataclasses.asdict(self)
+
 
 @dataclasses.dataclass(frozen=True)
 class MethodReport:
@@ -212,7 +216,7 @@ class Method(abc.ABC):
 
         found = self.to_peft()
         if found is None:
-            own = {"method": self.name, "config": dataclasses.asdict(self.config)}
+            own = {"method": self.name, "config": self.config.settings()}
             found = {"peft_type": OWN_FORMAT} | own, self.state_dict()
         config, tensors = found
         tensors = {name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}

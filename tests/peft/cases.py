@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 import qlora_engine as qe
-from qlora_engine.peft import IA3, BitFit, Bottleneck, MethodConfig
+from qlora_engine.peft import IA3, BitFit, Bottleneck, FishMask, LayerSelection, MethodConfig
 from tests.models.tiny import bert, gpt2, llama
 
 MODELS = {"llama": llama, "gpt2": gpt2, "bert": bert}
@@ -36,6 +36,9 @@ CASES = {
     "bottleneck, parallel": Case(Bottleneck(size=6, parallel=True, activation="relu", scaling=4.0)),
     "bottleneck, pfeiffer": Case(Bottleneck(size=6, placement="pfeiffer")),
     "ia3": Case(IA3(), learning_rate=3e-2),
+    "selection, last block": Case(LayerSelection(last=1, skip_quantized=True)),
+    "selection, norms": Case(LayerSelection(norms=True)),
+    "selection, ends": Case(LayerSelection(head=True, embeddings=True)),
 }
 
 
@@ -64,3 +67,8 @@ def logits(model: nn.Module, name: str) -> torch.Tensor:
     with torch.no_grad():
         found = model(**batch).logits
     return found if name == "bert" else found[:, -labels.shape[1] :]
+
+
+# methods that look at data before they train
+CASES["fishmask"] = Case(FishMask(0.05, samples=[inputs("llama")]), models=("llama", "gpt2"))
+CASES["fishmask, classification"] = Case(FishMask(0.05, samples=[inputs("bert")]), models=("bert",))
