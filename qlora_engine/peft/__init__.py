@@ -3,6 +3,7 @@
 from qlora_engine.peft.base import METHODS, Method, MethodConfig, MethodError, MethodReport, applied, apply, load
 from qlora_engine.peft.bitfit import BitFit
 from qlora_engine.peft.bottleneck import Bottleneck
+from qlora_engine.peft.diff_pruning import DiffPruning
 from qlora_engine.peft.fishmask import FishMask
 from qlora_engine.peft.ia3 import IA3
 from qlora_engine.peft.selection import LayerSelection
@@ -12,6 +13,7 @@ __all__ = [
     "METHODS",
     "BitFit",
     "Bottleneck",
+    "DiffPruning",
     "FishMask",
     "LayerSelection",
     "Method",

@@ -34,8 +34,8 @@ class MethodConfig:
 
     name: ClassVar[str]
 
-    def settings(self) -> dict[str, Any]:
-        """What a file keeps, as JSON can hold it."""
+    def to_json(self) -> dict[str, Any]:
+        """The settings as a file has them: what the class is made with."""
         return dataclasses.asdict(self)
 
 
@@ -136,6 +136,20 @@ class Method(abc.ABC):
         """
         raise MethodError(f"{cls.config_class.name} adapters of PEFT cannot be loaded here")
 
+    def parameter_groups(self, lr: float, **options) -> list[dict[str, Any]]:
+        """Groups for an optimizer; one, unless the method wants several learning rates."""
+        return [{"params": list(self.trainable_parameters().values()), "lr": lr, **options}]
+
+    def penalty(self) -> torch.Tensor | None:
+        """A term that training should add to the loss; None for most methods."""
+        return None
+
+    def after_step(self, step: int) -> None:  # noqa: B027 - most methods do nothing here
+        """What happens after each optimizer step (from 1 on), while gradients are still there."""
+
+    def finish(self) -> None:  # noqa: B027 - most methods do nothing here
+        """What happens once, when training is over, such as pruning."""
+
     def notes(self) -> dict[str, Any]:
         """What the report says beside the counts."""
         return {}
@@ -216,7 +230,7 @@ class Method(abc.ABC):
 
         found = self.to_peft()
         if found is None:
-            own = {"method": self.name, "config": self.config.settings()}
+            own = {"method": self.name, "config": self.config.to_json()}
             found = {"peft_type": OWN_FORMAT} | own, self.state_dict()
         config, tensors = found
         tensors = {name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}

@@ -10,6 +10,7 @@ from torch import nn
 from qlora_engine.peft.base import MethodError
 from qlora_engine.peft.blocks import features
 from qlora_engine.peft.parts import first_tensor
+from qlora_engine.peft.sparse_delta import Largest
 
 Loss = Callable[[nn.Module, Any], torch.Tensor]
 
@@ -63,25 +64,16 @@ def largest_fisher(
     Raises:
         MethodError: where there is no sample, or no layer has a finite gradient that is not zero.
     """
-    scores = torch.empty(0)
-    positions, owners = torch.empty(0, dtype=torch.int64), torch.empty(0, dtype=torch.int64)
+    largest = Largest(count)
     for group in _groups(model, paths, memory):
         for path, fisher in _fisher(model, group, batches, loss).items():
-            flat = fisher.flatten()
-            if not torch.isfinite(flat).all():
+            if not torch.isfinite(fisher).all():
                 raise MethodError(f"the gradient of {path} has NaN or infinity; the samples or the model are broken")
-            best, where = flat.topk(min(count, len(flat)))
-            scores, where = torch.cat([scores.to(best.device), best]), where.to(best.device)
-            positions = torch.cat([positions.to(best.device), where])
-            owners = torch.cat([owners.to(best.device), torch.full_like(where, paths.index(path))])
-            kept = scores.topk(min(count, len(scores))).indices
-            scores, positions, owners = scores[kept], positions[kept], owners[kept]
-    alive = scores > 0
-    if not alive.any():
+            largest.add(path, fisher)
+    found = largest.positions()
+    if not found:
         raise MethodError("no gradient reaches the layers that were chosen; do the samples have labels?")
-    positions, owners = positions[alive], owners[alive]
-    found = {path: positions[owners == number].sort().values for number, path in enumerate(paths)}
-    return {path: where for path, where in found.items() if len(where)}
+    return found
 
 
 def _groups(model: nn.Module, paths: Sequence[str], memory: int) -> list[list[str]]:

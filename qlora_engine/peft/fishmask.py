@@ -42,7 +42,7 @@ class FishMask(MethodConfig):
         if self.samples is not None:
             self.samples = list(self.samples)  # read once for every group of layers
 
-    def settings(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, Any]:
         """What a file keeps: the samples have done their work."""
         return {"share": self.share, "target_modules": list(self.target_modules), "memory": self.memory}
 

@@ -124,12 +124,48 @@ def _dense(values, index, shape, tile, dtype) -> torch.Tensor:
     return dense.view(last - first, shape[1])
 
 
+class Largest:
+    """The positions of the largest of many numbers, which are given layer by layer.
+
+    Args:
+        count: how many; memory is that of so many and those of one layer.
+    """
+
+    def __init__(self, count: int):
+        self.count = count
+        self._layers: list[str] = []
+        self._scores: torch.Tensor | None = None
+
+    def add(self, path: str, scores: torch.Tensor) -> None:
+        """The numbers of one layer, `[out, in]`, which must not be negative."""
+        best, where = scores.flatten().topk(min(self.count, scores.numel()))
+        owner = torch.full_like(where, len(self._layers))
+        self._layers.append(path)
+        if self._scores is not None:
+            best = torch.cat([self._scores, best.to(self._scores.device)])
+            where = torch.cat([self._where, where.to(best.device)])
+            owner = torch.cat([self._owner, owner.to(best.device)])
+        kept = best.topk(min(self.count, len(best))).indices
+        self._scores, self._where, self._owner = best[kept], where[kept], owner[kept]
+
+    def positions(self) -> dict[str, torch.Tensor]:
+        """Path -> ascending int64 positions of those that are above zero; layers without any are left out."""
+        if self._scores is None:
+            return {}
+        alive = self._scores > 0
+        where, owner = self._where[alive], self._owner[alive]
+        found = {path: where[owner == number].sort().values for number, path in enumerate(self._layers)}
+        return {path: positions for path, positions in found.items() if len(positions)}
+
+
 def deltas_of(model: nn.Module, state: Mapping[str, torch.Tensor]) -> dict[str, SparseDelta]:
     """Changes as a file has them: `PATH.index` and `PATH.values` of each layer.
 
     Raises:
         MethodError: where a layer is not there, or what is said of it does not fit.
     """
+    if not state:
+        raise MethodError("the file has no change of any layer")
     found = {}
     for path in sorted({name.rpartition(".")[0] for name in state}):
         index, values = state.get(f"{path}.{INDEX}"), state.get(f"{path}.{VALUES}")

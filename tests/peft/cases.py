@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 import qlora_engine as qe
-from qlora_engine.peft import IA3, BitFit, Bottleneck, FishMask, LayerSelection, MethodConfig
+from qlora_engine.peft import IA3, BitFit, Bottleneck, DiffPruning, FishMask, LayerSelection, MethodConfig
 from tests.models.tiny import bert, gpt2, llama
 
 MODELS = {"llama": llama, "gpt2": gpt2, "bert": bert}
@@ -35,6 +35,8 @@ CASES = {
     "bottleneck": Case(Bottleneck(size=6)),
     "bottleneck, parallel": Case(Bottleneck(size=6, parallel=True, activation="relu", scaling=4.0)),
     "bottleneck, pfeiffer": Case(Bottleneck(size=6, placement="pfeiffer")),
+    "diff pruning": Case(DiffPruning()),
+    "diff pruning, matrices": Case(DiffPruning(structured="matrix")),
     "ia3": Case(IA3(), learning_rate=3e-2),
     "selection, last block": Case(LayerSelection(last=1, skip_quantized=True)),
     "selection, norms": Case(LayerSelection(norms=True)),
