@@ -110,7 +110,7 @@ class DiffPruningMethod(Method):
         """New gates are drawn for the next step."""
         if not self.pruned:
             for part in self._attached.parts.values():
-                part.step = step
+                part.draw(step)
 
     def parameter_groups(self, lr: float, **options) -> list[dict[str, Any]]:
         """Gates have a learning rate of their own, and no weight decay."""

@@ -31,11 +31,25 @@ class Stretch:
         return math.log(-self.low / self.high)
 
 
-def gates(a: torch.Tensor, stretch: Stretch, seed: int | None) -> tuple[torch.Tensor, torch.Tensor]:
+@torch.library.custom_op("qlora_engine::logistic_noise", mutates_args=())
+def logistic_noise(like: torch.Tensor, seed: torch.Tensor) -> torch.Tensor:
+    """`log u - log(1 - u)` of the shape and device of `like`, float32; `seed` is int64 `[]` on the CPU.
+
+    An operator, so that a compiled model draws new noise from a new seed without being compiled again.
+    """
+    generator = torch.Generator(like.device).manual_seed(int(seed))
+    return torch.rand(like.shape, generator=generator, device=like.device).logit_(1e-6)
+
+
+@logistic_noise.register_fake
+def _(like, seed):
+    return torch.empty(like.shape, device=like.device)
+
+
+def gates(a: torch.Tensor, stretch: Stretch, seed: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
     """z and dz/da, both of the shape of `a`; without a seed there is no noise."""
     if seed is not None:
-        generator = torch.Generator(a.device).manual_seed(seed)
-        a = a + torch.rand(a.shape, generator=generator, device=a.device).logit_(1e-6)
+        a = a + logistic_noise(a, seed)
     s = torch.sigmoid(a)
     wide = s * (stretch.high - stretch.low) + stretch.low
     inside = (wide > 0) & (wide < 1)
@@ -52,7 +66,7 @@ class GatedDelta(Part):
         open_at: location a of a gate at the start.
         stretch: interval of the gates.
         group: location of the gate that the whole change shares, float32 `[]`; None: there is none.
-        seeds: of the noise of this part's gates and of the group's; `step` is added to both.
+        seeds: of the noise of this part's gates and of the group's, at the start; `draw` moves them on.
         device: of the parameters.
     """
 
@@ -69,11 +83,17 @@ class GatedDelta(Part):
         self.delta = nn.Parameter(torch.zeros(shape, device=device))
         self.gate = nn.Parameter(torch.full(shape, float(open_at), device=device))
         self.group = group
-        self.stretch, self.seeds, self.step = stretch, seeds, 0
+        self.stretch = stretch
+        self.first_seeds = torch.tensor(seeds)
+        self.seeds = self.first_seeds.clone()  # no buffer: on the CPU always, where reading it does not wait
+
+    def draw(self, step: int) -> None:
+        """Makes the noise that of another step."""
+        self.seeds.copy_(self.first_seeds + step)
 
     def after(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        seeds = tuple(seed + self.step for seed in self.seeds) if self.training else (None, None)
-        return y + _GatedLinear.apply(x.to(y.dtype), self.delta, self.gate, self.group, self.stretch, seeds)
+        seeds = self.seeds.unbind() if self.training else (None, None)
+        return y + _GatedLinear.apply(x.to(y.dtype), self.delta, self.gate, self.group, self.stretch, *seeds)
 
     def expected_open(self) -> torch.Tensor:
         """Expected number of open gates, `sum P(z > 0)` times the group's probability; differentiable."""
@@ -106,20 +126,21 @@ class _GatedLinear(torch.autograd.Function):
     """`x (z_group z w).T`; the gates and the change are computed again in backward."""
 
     @staticmethod
-    def forward(ctx, x, delta, gate, group, stretch, seeds):
-        ctx.save_for_backward(x, delta, gate, group)
-        ctx.stretch, ctx.seeds = stretch, seeds
-        z, _ = gates(gate, stretch, seeds[0])
+    def forward(ctx, x, delta, gate, group, stretch, seed, group_seed):
+        # copies: a step may move the seeds on before backward
+        ctx.save_for_backward(x, delta, gate, group, *(s if s is None else s.clone() for s in (seed, group_seed)))
+        ctx.stretch = stretch
+        z, _ = gates(gate, stretch, seed)
         change = z.mul_(delta)
         if group is not None:
-            change *= gates(group, stretch, seeds[1])[0]
+            change *= gates(group, stretch, group_seed)[0]
         return F.linear(x, change.to(x.dtype))
 
     @staticmethod
     def backward(ctx, gradient):
-        x, delta, gate, group = ctx.saved_tensors
-        z, slope = gates(gate, ctx.stretch, ctx.seeds[0])
-        z_group, slope_group = (1.0, None) if group is None else gates(group, ctx.stretch, ctx.seeds[1])
+        x, delta, gate, group, seed, group_seed = ctx.saved_tensors
+        z, slope = gates(gate, ctx.stretch, seed)
+        z_group, slope_group = (1.0, None) if group is None else gates(group, ctx.stretch, group_seed)
         of_x = None
         if ctx.needs_input_grad[0]:
             of_x = gradient @ (z * delta * z_group).to(gradient.dtype)
@@ -127,4 +148,4 @@ class _GatedLinear(torch.autograd.Function):
         of_change = (rows.T @ x.reshape(-1, x.shape[-1])).to(delta.dtype)
         of_gate = of_change * delta
         of_group = None if group is None else (of_gate * z).sum() * slope_group
-        return of_x, of_change * z * z_group, of_gate.mul_(slope).mul_(z_group), of_group, None, None
+        return of_x, of_change * z * z_group, of_gate.mul_(slope).mul_(z_group), of_group, None, None, None
