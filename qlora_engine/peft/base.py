@@ -187,10 +187,16 @@ class Method(abc.ABC):
         """
         self._check_applied()
         self.enable()
+        own = {id(param) for param in self.trainable_parameters().values()}
         self._uninstall()
+        methods = applied(self.model)
+        later = methods[methods.index(self) + 1 :]
+        if later:  # the base stays frozen for them; the next one thaws it in its turn
+            later[0]._required_grad.update(self._required_grad)
+        flags = {} if later else self._required_grad
         for name, param in self.model.named_parameters():
-            param.requires_grad_(self._required_grad.get(name, param.requires_grad))
-        applied(self.model).remove(self)
+            param.requires_grad_(flags.get(name, param.requires_grad and id(param) not in own))
+        methods.remove(self)
         return self.model
 
     def state_dict(self) -> dict[str, torch.Tensor]:

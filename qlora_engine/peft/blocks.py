@@ -100,6 +100,8 @@ def _pairs(block: Block, module: nn.Module, linears: list[str], ends: list[str])
     for end in ends:
         width = features(module.get_submodule(end))[1]
         starts = [path for path in linears if path not in ends and features(module.get_submodule(path))[0] == width]
+        # keys and values of attention to an encoder read another model's states
+        starts = [path for path in starts if _last(path) not in KEY_VALUE] or starts
         if starts:
             near = max(starts, key=lambda path: _common(path, end))  # the first of those that are nearest
             found.append((f"{block.path}.{near}", f"{block.path}.{end}"))
