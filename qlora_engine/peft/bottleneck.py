@@ -42,6 +42,12 @@ class Bottleneck(MethodConfig):
         activation: f, one of relu, gelu, silu, tanh, identity.
         scaling: factor of what is added; He et al. use 4 in parallel.
         dropout: dropout on the adapter's input, in [0, 1).
+
+    >>> from qlora_engine.peft import apply
+    >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+    >>> method = apply(model, Bottleneck(size=3, target_modules=["0"]))
+    >>> {name: tuple(param.shape) for name, param in method.trainable_parameters().items()}
+    {'0.down': (3, 8), '0.up': (8, 3), '0.down_bias': (3,), '0.up_bias': (8,)}
     """
 
     name: ClassVar[str] = "bottleneck"

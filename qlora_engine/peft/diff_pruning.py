@@ -37,6 +37,19 @@ class DiffPruning(MethodConfig):
         low, high: the interval that gates are stretched to.
         gate_lr: learning rate of the gates in `parameter_groups`.
         seed: of the gates' noise.
+
+    >>> from qlora_engine.peft import apply
+    >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+    >>> method = apply(model, DiffPruning(share=0.25))
+    >>> optimizer = torch.optim.Adam(method.parameter_groups(lr=1e-2))
+    >>> for step in range(1, 4):
+    ...     optimizer.zero_grad()
+    ...     (model(torch.randn(10, 4)).square().sum() + method.penalty()).backward()
+    ...     optimizer.step()
+    ...     method.after_step(step)
+    >>> method.finish()
+    >>> print(method.report())
+    diff_pruning: 12 of 58 parameters are trained (20.690%), pruned True, share 0.25
     """
 
     name: ClassVar[str] = "diff_pruning"

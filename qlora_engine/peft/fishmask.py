@@ -27,6 +27,14 @@ class FishMask(MethodConfig):
         target_modules: patterns (see `QLoRAConfig`) of the linear layers; default: all but output heads.
         loss: function of the model and a batch; default: the loss that the model returns.
         memory: bytes for F at a time. Layers that do not fit take further passes over the samples.
+
+    >>> from qlora_engine.peft import apply
+    >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+    >>> def loss(model, x):
+    ...     return model(x).square().sum()
+    >>> method = apply(model, FishMask(share=0.25, samples=torch.randn(10, 1, 4), loss=loss))
+    >>> method.report().trainable, sum(module.weight.numel() for module in (model[0], model[2]))
+    (12, 48)
     """
 
     name: ClassVar[str] = "fishmask"

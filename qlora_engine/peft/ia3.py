@@ -28,6 +28,12 @@ class IA3(MethodConfig):
             come out of one layer, all three are scaled, as PEFT does.
         feedforward_modules: patterns of those whose input is scaled instead of their output; default: the last
             layers of feed-forward parts; an empty list: none.
+
+    >>> from qlora_engine.peft import apply
+    >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+    >>> method = apply(model, IA3(target_modules=["0", "2"], feedforward_modules=["2"]))
+    >>> {name: tuple(factors.shape) for name, factors in method.tensors().items()}
+    {'0.ia3_l': (8,), '2.ia3_l': (8,)}
     """
 
     name: ClassVar[str] = "ia3"

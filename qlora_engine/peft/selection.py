@@ -29,6 +29,11 @@ class LayerSelection(MethodConfig):
         head: the output head. Where its weight is tied to the embeddings, those are trained with it.
         embeddings: all embeddings.
         skip_quantized: layers in 4 bits are trained but for their weights; else to ask for one is an error.
+
+    >>> from qlora_engine.peft import apply
+    >>> model = nn.Sequential(nn.Linear(4, 8), nn.LayerNorm(8), nn.Linear(8, 2))
+    >>> list(apply(model, LayerSelection(norms=True, target_modules=["2.bias"])).trainable_parameters())
+    ['1.weight', '1.bias', '2.bias']
     """
 
     name: ClassVar[str] = "selection"

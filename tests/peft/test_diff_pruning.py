@@ -236,5 +236,21 @@ def test_compiled_it_draws_new_noise_without_being_compiled_again():
     assert all(p.grad is not None for p in method.trainable_parameters().values())
 
 
-def test_the_noise_is_an_operator():
-    torch.library.opcheck(logistic_noise, (torch.randn(3, 4), torch.tensor(5)))
+def test_the_noise_is_an_operator(device):
+    torch.library.opcheck(logistic_noise, (torch.randn(3, 4, device=device), torch.tensor(5)))
+
+
+@pytest.mark.parametrize("structured", ["none", "block"])
+def test_on_every_device(device, structured):
+    net = build("llama", True).to(device)
+    method = peft.apply(net, DiffPruning(share=0.02, structured=structured))
+    batch = {name: tensor.to(device) for name, tensor in inputs("llama").items()}
+    optimizer = torch.optim.Adam(method.parameter_groups(1e-2))
+    before = net(**batch).loss.item()
+    for step in range(1, 6):
+        (net(**batch).loss + method.penalty()).backward()
+        optimizer.step()
+        method.after_step(step)
+        optimizer.zero_grad()
+    method.finish()
+    assert net(**batch).loss.item() < before

@@ -149,3 +149,20 @@ def test_copies_have_changes_of_their_own():
     assert not torch.equal(logits(twin, "llama"), logits(net, "llama"))
     peft.applied(twin)[0].remove()
     assert torch.equal(logits(twin, "llama"), logits(net, "llama"))
+
+
+def test_on_every_device(device):
+    net = build("llama", True).to(device)
+    batch = {name: tensor.to(device) for name, tensor in inputs("llama").items()}
+    method = peft.apply(net, FishMask(0.05, samples=[batch]))
+    here = peft.apply(build("llama", True), FishMask(0.05, samples=[inputs("llama")]))
+    mine = {f"{k}/{i}" for k, t in method.tensors().items() if k.endswith("index") for i in t.tolist()}
+    theirs = {f"{k}/{i}" for k, t in here.tensors().items() if k.endswith("index") for i in t.tolist()}
+    assert len(mine & theirs) > 0.98 * len(theirs)
+    optimizer = torch.optim.Adam(method.trainable_parameters().values(), lr=1e-2)
+    before = net(**batch).loss.item()
+    for _ in range(5):
+        net(**batch).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert net(**batch).loss.item() < before
