@@ -12,7 +12,7 @@ from qlora_engine.peft.blocks import features, find_blocks, linear_targets
 from qlora_engine.peft.gates import GatedDelta, Stretch
 from qlora_engine.peft.parts import Attached
 from qlora_engine.peft.sparse_delta import INDEX, VALUES, Largest, SparseDelta, deltas_of
-from qlora_engine.peft.weights import change_weight
+from qlora_engine.peft.weights import change_weight, check_mergeable
 
 GROUPS = ("none", "matrix", "block")
 SEEDS = 2**20  # steps after which one part's noise is that of the next at the start
@@ -186,6 +186,7 @@ class DiffPruningMethod(Method):
     def merge(self) -> nn.Module:
         """Adds the change to the weights; 4-bit weights are quantized again, which rounds most of it away."""
         self._check_applied()
+        check_mergeable(self.model, self._attached.parts, self.tensors().values())
         for path, part in self._attached.parts.items():
             add = part.add_to if self.pruned else lambda weight, part=part: weight + part.change()
             change_weight(self.model.get_submodule(path), add)

@@ -12,7 +12,7 @@ from qlora_engine.peft.blocks import features, linear_targets
 from qlora_engine.peft.fisher import Loss, largest_fisher, model_loss
 from qlora_engine.peft.parts import Attached
 from qlora_engine.peft.sparse_delta import INDEX, VALUES, SparseDelta, deltas_of
-from qlora_engine.peft.weights import change_weight
+from qlora_engine.peft.weights import change_weight, check_mergeable
 
 
 @dataclasses.dataclass
@@ -117,6 +117,7 @@ class FishMaskMethod(Method):
     def merge(self) -> nn.Module:
         """Adds the changes to the weights; 4-bit weights are quantized again, which rounds most of a change away."""
         self._check_applied()
+        check_mergeable(self.model, self._attached.parts if self._attached else (), self.tensors().values())
         for path, part in self._attached.parts.items() if self._attached else ():
             change_weight(self.model.get_submodule(path), part.add_to)
         return self.remove()

@@ -13,7 +13,7 @@ from qlora_engine.nn.nf4_linear import is_transposed_linear
 from qlora_engine.peft.base import Method, MethodConfig, MethodError, register
 from qlora_engine.peft.blocks import as_list, features, find_blocks
 from qlora_engine.peft.parts import Attached, Part
-from qlora_engine.peft.weights import change_weight
+from qlora_engine.peft.weights import change_weight, check_mergeable
 
 PREFIX, SUFFIX = "base_model.model.", ".ia3_l"  # of the tensors in PEFT's files
 
@@ -129,6 +129,7 @@ class IA3Method(Method):
     def merge(self) -> nn.Module:
         """Scales rows (and the bias) or columns of the weights; 4-bit weights are quantized again, which rounds."""
         self._check_applied()
+        check_mergeable(self.model, self._attached.parts, self.tensors().values())
         for path, part in self._attached.parts.items():
             layer, factors = self.model.get_submodule(path), part.ia3_l.detach()
             if isinstance(part, OutputScale):
