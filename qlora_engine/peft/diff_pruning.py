@@ -11,7 +11,7 @@ from qlora_engine.peft.base import Method, MethodConfig, MethodError, register
 from qlora_engine.peft.blocks import features, find_blocks, linear_targets
 from qlora_engine.peft.gates import GatedDelta, Stretch
 from qlora_engine.peft.parts import Attached
-from qlora_engine.peft.sparse_delta import INDEX, VALUES, Largest, SparseDelta, deltas_of
+from qlora_engine.peft.sparse_delta import INDEX, VALUES, Largest, SparseDelta, deltas_of, load_deltas
 from qlora_engine.peft.weights import change_weight, check_mergeable
 
 GROUPS = ("none", "matrix", "block")
@@ -178,10 +178,10 @@ class DiffPruningMethod(Method):
         if not self.pruned and any(name.endswith(f".{INDEX}") for name in state):
             self._replace(deltas_of(self.model, state))
             return
-        super().load_state_dict(state)
         if self.pruned:
-            for part in self._attached.parts.values():
-                part.refresh()
+            load_deltas(self._attached.parts, state, super().load_state_dict)
+        else:
+            super().load_state_dict(state)
 
     def merge(self) -> nn.Module:
         """Adds the change to the weights; 4-bit weights are quantized again, which rounds most of it away."""

@@ -11,7 +11,7 @@ from qlora_engine.peft.base import Method, MethodConfig, MethodError, register
 from qlora_engine.peft.blocks import features, linear_targets
 from qlora_engine.peft.fisher import Loss, largest_fisher, model_loss
 from qlora_engine.peft.parts import Attached
-from qlora_engine.peft.sparse_delta import INDEX, VALUES, SparseDelta, deltas_of
+from qlora_engine.peft.sparse_delta import INDEX, VALUES, SparseDelta, deltas_of, load_deltas
 from qlora_engine.peft.weights import change_weight, check_mergeable
 
 
@@ -105,9 +105,7 @@ class FishMaskMethod(Method):
         if self._attached is None:
             self._attach(deltas_of(self.model, state))
             return
-        super().load_state_dict(state)
-        for part in self._attached.parts.values():
-            part.refresh()
+        load_deltas(self._attached.parts, state, super().load_state_dict)
 
     def save(self, folder) -> None:
         if self._attached is None:

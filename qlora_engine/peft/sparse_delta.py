@@ -56,11 +56,7 @@ class SparseDelta(Part):
         """
         rows, columns = self.shape
         index = self.index.long()
-        ascending = bool((index[1:] > index[:-1]).all()) if index.dim() == 1 else False
-        if not ascending or not len(index) or int(index[0]) < 0 or int(index[-1]) >= rows * columns:
-            raise MethodError(
-                f"positions of a sparse change of a weight {list(self.shape)} are not ascending or not inside it"
-            )
+        check_positions(index, self.shape)
         self.counts = torch.bincount(index // columns, minlength=rows)
         step = max(1, TILE // columns)
         ends = [*range(step, rows, step), rows]
@@ -82,6 +78,20 @@ class SparseDelta(Part):
 
     def extra_repr(self) -> str:
         return f"{len(self.values)} of {list(self.shape)}"
+
+
+def check_positions(index: torch.Tensor, shape: tuple[int, int]) -> None:
+    """Whether positions are those of entries of a weight.
+
+    Raises:
+        MethodError: where they are not ascending or not inside it, or there are none.
+    """
+    index = index.long()
+    inside = index.dim() == 1 and len(index) and int(index[0]) >= 0 and int(index[-1]) < shape[0] * shape[1]
+    if not inside or not bool((index[1:] > index[:-1]).all()):
+        raise MethodError(
+            f"positions of a sparse change of a weight {list(shape)} are not ascending or not inside it"
+        )
 
 
 class _SparseLinear(torch.autograd.Function):
@@ -122,6 +132,21 @@ def _dense(values, index, shape, tile, dtype) -> torch.Tensor:
     dense = torch.zeros((last - first) * shape[1], dtype=dtype, device=values.device)
     dense[index[start:end].long() - first * shape[1]] = values[start:end].to(dtype)
     return dense.view(last - first, shape[1])
+
+
+def load_deltas(parts: Mapping[str, SparseDelta], state: Mapping[str, torch.Tensor], load) -> None:
+    """Has `load(state)` write into parts, once positions of theirs in it have been found to fit.
+
+    Raises:
+        MethodError: where they do not, and what `load` raises; nothing has been written then.
+    """
+    for path, part in parts.items():
+        index = state.get(f"{path}.{INDEX}")
+        if index is not None and index.shape == part.index.shape and not index.is_floating_point():
+            check_positions(index, part.shape)
+    load(state)
+    for part in parts.values():
+        part.refresh()
 
 
 class Largest:

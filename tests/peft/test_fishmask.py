@@ -134,6 +134,20 @@ def test_files_of_other_models_are_refused(tmp_path):
         peft.load(build("gpt2", False), tmp_path)
     state = method.state_dict()
     key = next(key for key in state if key.endswith("index"))
+    net = build("llama", False)
+    other = peft.apply(net, FishMask(0.01, samples=[inputs("gpt2")]))
+    before = other.state_dict()
+    with pytest.raises(peft.MethodError, match="ascending"):
+        other.load_state_dict(state | {key: torch.zeros_like(state[key])})
+    assert all(torch.equal(tensor, before[name]) for name, tensor in other.state_dict().items())
+    moved = dict(state)
+    moved[key] = torch.arange(len(state[key]), dtype=torch.int32)
+    moved[key.replace("index", "values")] = torch.ones(len(state[key]))
+    expected = logits(net, "llama")
+    other.load_state_dict(moved)  # other positions, as many
+    assert not torch.equal(logits(net, "llama"), expected)
+    other.load_state_dict(state)
+    assert torch.equal(logits(net, "llama"), expected)
     fresh = peft.apply(build("llama", False), FishMask(0.01))
     with pytest.raises(peft.MethodError, match="ascending"):
         fresh.load_state_dict(state | {key: state[key].flip(0) + 2**20})
