@@ -7,9 +7,14 @@ from torch import nn
 
 import qlora_engine as qe
 from qlora_engine.peft import (
+    IA3,
     AdaLoRA,
     BitFit,
+    Bottleneck,
+    DiffPruning,
     DoRA,
+    FishMask,
+    LayerSelection,
     LoRA,
     LoRAFA,
     LoRAPlus,
@@ -72,6 +77,15 @@ CASES = {
     "adalora": Case(AdaLoRA(init_r=6, target_r=3, total_steps=20)),
     "dora": Case(DoRA(r=4, alpha=8)),
     "dora, gaussian": Case(DoRA(r=3, init="gaussian", bias="lora_only")),
+    "bottleneck": Case(Bottleneck(size=6)),
+    "bottleneck, parallel": Case(Bottleneck(size=6, parallel=True, activation="relu", scaling=4.0)),
+    "bottleneck, pfeiffer": Case(Bottleneck(size=6, placement="pfeiffer")),
+    "diff pruning": Case(DiffPruning()),
+    "diff pruning, matrices": Case(DiffPruning(structured="matrix")),
+    "ia3": Case(IA3(), learning_rate=3e-2),
+    "selection, last block": Case(LayerSelection(last=1, skip_quantized=True)),
+    "selection, norms": Case(LayerSelection(norms=True)),
+    "selection, ends": Case(LayerSelection(head=True, embeddings=True)),
 }
 
 
@@ -100,3 +114,8 @@ def logits(model: nn.Module, name: str) -> torch.Tensor:
     with torch.no_grad():
         found = model(**batch).logits
     return found if name == "bert" else found[:, -labels.shape[1] :]
+
+
+# methods that look at data before they train
+CASES["fishmask"] = Case(FishMask(0.05, samples=[inputs("llama")]), models=("llama", "gpt2"))
+CASES["fishmask, classification"] = Case(FishMask(0.05, samples=[inputs("bert")]), models=("bert",))
