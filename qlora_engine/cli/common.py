@@ -2,8 +2,10 @@
 
 import argparse
 import importlib.util
+import json
 import os
 import sys
+from pathlib import Path
 
 from qlora_engine.training.errors import MissingDependency
 
@@ -104,10 +106,23 @@ def load_for_use(args: argparse.Namespace):
     with as_usage_error(), out_of_memory_as_usage_error(f"The model needs {need}"):
         tokenizer = AutoTokenizer.from_pretrained(folder)
         adapter = getattr(args, "adapter", None)
-        model = load_quantized(
-            folder, config, device=device, dtype=dtype, adapter=adapter, progress=sys.stderr.isatty()
-        )
+        other = adapter is not None and is_other_method(adapter)
+        own = None if other else adapter
+        model = load_quantized(folder, config, device=device, dtype=dtype, adapter=own, progress=sys.stderr.isatty())
+        if other:
+            from qlora_engine import peft
+
+            peft.load(model, adapter)
     return model.eval(), tokenizer
+
+
+def is_other_method(folder: str) -> bool:
+    """Whether a folder holds what a method besides plain LoRA learnt; False where that cannot be read."""
+    try:
+        config = json.loads((Path(folder) / "adapter_config.json").read_text())
+        return config["peft_type"] != "LORA" or bool(config.get("use_dora"))
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
 
 
 def say(text: str) -> None:

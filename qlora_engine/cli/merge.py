@@ -28,9 +28,12 @@ def run(args) -> None:
     model, tokenizer = load_for_use(args)
     from qlora_engine.models.files import atomic_write
     from qlora_engine.models.merge import merge, save_merged
+    from qlora_engine.peft import applied
     from qlora_engine.training.errors import as_usage_error, out_of_memory_as_usage_error
 
     with as_usage_error(), out_of_memory_as_usage_error("Merge on the CPU with --device cpu, or --into nf4."):
+        for method in list(applied(model)):
+            method.merge()
         report = merge(model, into=args.into)
         folder = save_merged(model, args.output, tokenizer)
     with atomic_write(folder / REPORT_FILE) as temporary:

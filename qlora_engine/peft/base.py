@@ -151,7 +151,8 @@ class Method(abc.ABC):
 
     def parameter_groups(self, lr: float, **options) -> list[dict[str, Any]]:
         """Groups for an optimizer; one, unless the method wants several learning rates."""
-        return [{"params": list(self.trainable_parameters().values()), "lr": lr, **options}]
+        ordered = [param for _, param in sorted(self.trainable_parameters().items())]  # the same in a resumed run
+        return [{"params": ordered, "lr": lr, **options}]
 
     def penalty(self) -> torch.Tensor | None:
         """A term that training should add to the loss; None for most methods."""
@@ -159,6 +160,9 @@ class Method(abc.ABC):
 
     def after_step(self, step: int) -> None:  # noqa: B027 - most methods do nothing here
         """What happens after each optimizer step (from 1 on), while gradients are still there."""
+
+    def resume(self, step: int) -> None:  # noqa: B027 - most methods do nothing here
+        """What comes back when training goes on after `step` steps, besides what `tensors` hold."""
 
     def finish(self) -> None:  # noqa: B027 - most methods do nothing here
         """What happens once, when training is over, such as pruning."""

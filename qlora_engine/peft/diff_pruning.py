@@ -125,6 +125,10 @@ class DiffPruningMethod(Method):
             for part in self._attached.parts.values():
                 part.draw(step)
 
+    def resume(self, step: int) -> None:
+        """The gates that were drawn after that step."""
+        self.after_step(step)
+
     def parameter_groups(self, lr: float, **options) -> list[dict[str, Any]]:
         """Gates have a learning rate of their own, and no weight decay."""
         named = self.trainable_parameters()

@@ -63,11 +63,13 @@ def finetune(options: FinetuneOptions) -> FinetuneResult:
     )
     memory.check_memory(need, str(device))
 
+    from qlora_engine import peft
     from qlora_engine.models.adapter import save_adapter
-    from qlora_engine.training import report, sampling, trainer
+    from qlora_engine.training import methods, report, sampling, trainer
     from qlora_engine.training.recipe import build_trainer, load_model
     from qlora_engine.training.sizes import model_sizes
 
+    methods.method_config(options)  # a mistake in it shows before the model is read
     with out_of_memory_as_usage_error(f"The model needs {need}"):
         model, tokenizer = load_model(options, folder, device, dtype)
     loaded = time.perf_counter()
@@ -86,6 +88,8 @@ def finetune(options: FinetuneOptions) -> FinetuneResult:
         loop = build_trainer(options, model, tokenizer, train_rows, held_out, device, dtype)
         for callback in (metrics, trainer.ProgressBar(metrics, str(device)), trainer.StopCallback(stop)):
             loop.add_callback(callback)
+        if checkpoint is None:
+            methods.choose(loop)
         prompts = sampling.sample_prompts(held_out or train_rows, options.samples)
 
         def samples() -> list[str]:
@@ -101,19 +105,26 @@ def finetune(options: FinetuneOptions) -> FinetuneResult:
             saved = checkpoints.last_checkpoint(output)
             raise Interrupted(done, str(saved), checkpoints.resume_command(output))
         trained = time.perf_counter()
-        if held_out and not _evaluated_at(metrics, done):
+        changed = loop.method is not None and type(loop.method).finish is not peft.Method.finish
+        if changed:
+            loop.method.finish()
+        if held_out and (changed or not _evaluated_at(metrics, done)):
             loop.evaluate()
         # TRL put its fused head in front of the model's own forward
         model.__dict__.pop("forward", None)
         after = samples()
 
     adapter = output / checkpoints.ADAPTER
-    save_adapter(model, adapter)
+    if loop.method is not None:
+        loop.method.save(adapter)
+    else:
+        save_adapter(model, adapter)
     tokenizer.save_pretrained(adapter)
     summary = report.summarize(
         options=options,
         metrics=metrics,
         sizes=sizes,
+        method=loop.method,
         adapter_bytes=(adapter / "adapter_model.safetensors").stat().st_size,
         rows=(train_rows, held_out),
         peak=memory.peak_memory(str(device)),

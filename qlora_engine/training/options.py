@@ -21,6 +21,9 @@ def option(default, help: str, *, choices: tuple[str, ...] = (), minimum=None, a
     return field(default=default, metadata=metadata)
 
 
+LORA = "lora"  # the method that `--r` and its like belong to
+
+
 @dataclass
 class FinetuneOptions:
     """Everything that decides a fine-tuning run.
@@ -42,6 +45,8 @@ class FinetuneOptions:
         "auto", "compute dtype (auto: bf16 on a GPU, fp32 on a CPU)", choices=("auto", "fp32", "bf16", "fp16")
     )
     # adapter
+    method: str = option(LORA, "lora, or another method: docs/methods.md")
+    method_options: list[str] = option([], "settings of another method than lora, as name=value: docs/methods.md")
     r: int = option(16, "rank of the adapters", minimum=1)
     alpha: float = option(16.0, "scaling numerator: the update is alpha / r * B A", above=0)
     dropout: float = option(0.0, "dropout on the adapters' input", minimum=0, maximum=0.99)

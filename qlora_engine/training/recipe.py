@@ -16,18 +16,20 @@ from qlora_engine.training.checkpoints import CHECKPOINTS
 from qlora_engine.training.data import Rows
 from qlora_engine.training.errors import DataError, UsageError, as_usage_error
 from qlora_engine.training.memory import GIB
+from qlora_engine.training.methods import apply_method, method_config
 from qlora_engine.training.options import FinetuneOptions
 from qlora_engine.training.trainer import QLoRATrainer
 
 
 def load_model(options: FinetuneOptions, folder: Path, device: torch.device, dtype: torch.dtype):
-    """(4-bit model with fresh adapters, tokenizer).
+    """(4-bit model with fresh adapters or another method on it, tokenizer).
 
     Raises:
         UsageError: where the model or the targets do not fit; the library's sentence is kept.
     """
+    method = method_config(options)
     config = QLoRAConfig(
-        r=options.r,
+        r=options.r if method is None else 0,
         alpha=options.alpha,
         dropout=options.dropout,
         rslora=options.rslora,
@@ -41,6 +43,7 @@ def load_model(options: FinetuneOptions, folder: Path, device: torch.device, dty
     with as_usage_error():
         tokenizer = AutoTokenizer.from_pretrained(folder)
         model = load_quantized(folder, config, device=device, dtype=dtype, progress=sys.stderr.isatty())
+    apply_method(model, method)
     head = model.get_output_embeddings()
     if isinstance(head, NF4Linear):
         raise UsageError(

@@ -6,15 +6,24 @@ from pathlib import Path
 
 from qlora_engine.models.files import atomic_files
 from qlora_engine.training.memory import GIB
+from qlora_engine.training.options import LORA
 
 MIB = 2**20
 
 
-def summarize(*, options, metrics, sizes, adapter_bytes, rows, peak, seconds, device, dtype) -> dict:
+def summarize(*, options, metrics, sizes, method, adapter_bytes, rows, peak, seconds, device, dtype) -> dict:
     """The figures of a run, as JSON types; bytes and seconds are plain numbers."""
     train_rows, held_out = rows
     losses = [record["loss"] for record in metrics.records if "loss" in record]
     evals = [record["eval_loss"] for record in metrics.records if "eval_loss" in record]
+    adapter = {"method": options.method}
+    if method is None:
+        adapter |= {"r": options.r, "alpha": options.alpha, "target_modules": options.target_modules}
+        adapter |= {"trainable_parameters": sizes.trainable, "peft_format": True}
+    else:
+        found = method.report()
+        adapter |= {"options": options.method_options, "notes": found.notes}
+        adapter |= {"trainable_parameters": found.trainable, "peft_format": method.to_peft() is not None}
     return {
         "model": options.model,
         "data": {
@@ -23,12 +32,7 @@ def summarize(*, options, metrics, sizes, adapter_bytes, rows, peak, seconds, de
             "training_rows": len(train_rows),
             "held_out_rows": len(held_out) if held_out else 0,
         },
-        "adapter": {
-            "r": options.r,
-            "alpha": options.alpha,
-            "target_modules": options.target_modules,
-            "trainable_parameters": sizes.trainable,
-        },
+        "adapter": adapter,
         "parameters": sizes.parameters,
         "bytes": {"model_16bit": sizes.bytes_16bit, "model_4bit": sizes.bytes_4bit, "adapter": adapter_bytes},
         "peak_memory_bytes": peak,
@@ -112,7 +116,7 @@ def card_text(summary: dict, output: Path) -> str:
     adapter, sizes, held = summary["adapter"], summary["bytes"], summary["eval_loss"]
     rows = [
         ("base model", f"`{base}`, {summary['parameters']:,} parameters"),
-        ("adapter", f"LoRA, r={adapter['r']}, alpha={adapter['alpha']:g} on {', '.join(adapter['target_modules'])}"),
+        ("adapter", _what(adapter)),
         ("trainable parameters", f"{adapter['trainable_parameters']:,}"),
         (
             "data",
@@ -139,7 +143,7 @@ def card_text(summary: dict, output: Path) -> str:
 ---
 # {output.resolve().name}
 
-A QLoRA adapter: trained on a frozen base in NF4 by qlora_engine.
+{"A QLoRA adapter" if adapter["method"] == LORA else "An adapter"}: trained on a frozen base in NF4 by qlora_engine.
 
 | | |
 | --- | --- |
@@ -158,8 +162,22 @@ qlora generate --model {summary["model"]} --adapter {output}/adapter --prompt ".
 qlora merge --model {summary["model"]} --adapter {output}/adapter --output merged
 ```
 
-The folder `adapter` is in PEFT's format: PEFT and vLLM load it as well.
+{_format(adapter)}
 """
+
+
+def _what(adapter: dict) -> str:
+    if adapter["method"] == LORA:
+        return f"LoRA, r={adapter['r']}, alpha={adapter['alpha']:g} on {', '.join(adapter['target_modules'])}"
+    return ", ".join([adapter["method"], *adapter["options"], *(f"{k} {v}" for k, v in adapter["notes"].items())])
+
+
+def _format(adapter: dict) -> str:
+    if adapter["method"] == LORA:
+        return "The folder `adapter` is in PEFT's format: PEFT and vLLM load it as well."
+    if adapter["peft_format"]:
+        return "The folder `adapter` is in PEFT's format: PEFT loads it as well as `qlora_engine.peft.load`."
+    return "The folder `adapter` is loaded by `qlora_engine.peft.load`; PEFT has no such form of the method."
 
 
 def _quoted(text: str) -> str:

@@ -17,10 +17,11 @@ from qlora_engine.models.adapter import load_adapter, save_adapter
 from qlora_engine.models.files import atomic_write
 from qlora_engine.optim import lora_plus_groups
 from qlora_engine.training.memory import GIB, peak_memory
+from qlora_engine.training.methods import MethodSteps, load_checkpoint, method_of, save_checkpoint
 
 
 class QLoRATrainer(SFTTrainer):
-    """SFTTrainer whose checkpoints hold the adapter, not the model.
+    """SFTTrainer whose checkpoints hold the adapter, or what another method learnt, and not the model.
 
     A checkpoint folder has the adapter in PEFT's format, optimizer, scheduler, random states and the trainer's
     state; the frozen base is read from where it came from.
@@ -33,22 +34,40 @@ class QLoRATrainer(SFTTrainer):
     def __init__(self, *args, lora_plus: float = 1.0, **kwargs):
         self._lora_plus = lora_plus
         super().__init__(*args, **kwargs)
+        self.method = method_of(self.model)
+        if self.method is not None:
+            self.add_callback(MethodSteps(self.method))
 
     def create_optimizer(self, *args, **kwargs):
-        if self.optimizer is None and self._lora_plus != 1:
-            optimizer, options = self.optimizer_cls_and_kwargs
-            decay = {"weight_decay": self.args.weight_decay}
-            self.optimizer = optimizer(
-                lora_plus_groups(self.model, options["lr"], self._lora_plus, **decay), **options
-            )
+        optimizer, options = self.optimizer_cls_and_kwargs
+        decay = {"weight_decay": self.args.weight_decay}
+        if self.optimizer is None and self.method is not None:
+            self.optimizer = optimizer(self.method.parameter_groups(options["lr"], **decay), **options)
+        elif self.optimizer is None and self._lora_plus != 1:
+            groups = lora_plus_groups(self.model, options["lr"], self._lora_plus, **decay)
+            self.optimizer = optimizer(groups, **options)
         return super().create_optimizer(*args, **kwargs)
 
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        found = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        penalty = self.method.penalty() if self.method is not None and model.training else None
+        if penalty is None:
+            return found
+        # the loss of a part of a batch whose size is known is a share of the step's; the penalty is of the step
+        share = penalty if num_items_in_batch is None else penalty / self.args.gradient_accumulation_steps
+        return (found[0] + share, found[1]) if return_outputs else found + share
+
     def _save(self, output_dir=None, state_dict=None):
-        if self.args.should_save:
+        if self.args.should_save and self.method is not None:
+            save_checkpoint(self.method, output_dir or self.args.output_dir)
+        elif self.args.should_save:
             save_adapter(self.model, output_dir or self.args.output_dir)
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
-        load_adapter(model or self.model, resume_from_checkpoint)
+        if self.method is not None:
+            load_checkpoint(self.method, resume_from_checkpoint)
+        else:
+            load_adapter(model or self.model, resume_from_checkpoint)
 
     def create_model_card(self, *args, **kwargs):
         """Nothing: the report writes the card, with what was measured."""
