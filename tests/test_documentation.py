@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import qlora_engine
+from qlora_engine.peft import METHODS
 
 ROOT = Path(__file__).parents[1]
 MODULES = sorted(m.name for m in pkgutil.walk_packages(qlora_engine.__path__, "qlora_engine.") if "._C" not in m.name)
@@ -29,14 +30,27 @@ def test_there_are_examples():
     assert len(found) >= 10
 
 
-def python_blocks():
-    return re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+BLOCKS = [
+    pytest.param(block, id=f"{document.name}-{index}")
+    for document in DOCUMENTS
+    for index, block in enumerate(re.findall(r"```python\n(.*?)```", document.read_text(), re.DOTALL))
+]
 
 
-@pytest.mark.parametrize("index", range(len(python_blocks())))
-def test_readme_example(index, tmp_path, monkeypatch):
+@pytest.mark.parametrize("block", BLOCKS)
+def test_example(block, tmp_path, monkeypatch, request):
     monkeypatch.chdir(tmp_path)
-    exec(compile(python_blocks()[index], f"README.md, example {index}", "exec"), {"__name__": "readme"})
+    exec(compile(block, request.node.callspec.id, "exec"), {"__name__": "example"})
+
+
+def test_every_method_is_in_the_guide():
+    """The table of `docs/methods.md` and its sections name the methods that are registered, and no others."""
+    text = (ROOT / "docs/methods.md").read_text()
+    table = text[text.index("## All methods") : text.index("## In a training loop")]
+    rows = dict(re.findall(r"^\| `(\w+)` \| `(\w+)` \|", table, re.MULTILINE))
+    assert rows == {name: method.config_class.__name__ for name, method in METHODS.items()}
+    assert sorted(re.findall(r"^### `(\w+)`:", text, re.MULTILINE)) == sorted(METHODS)
 
 
 def test_readme_names_what_exists():
