@@ -45,7 +45,13 @@ def summary():
     return {
         "model": "org/base",
         "data": {"source": "/a/rows.jsonl", "format": "text", "training_rows": 1900, "held_out_rows": 100},
-        "adapter": {"method": "lora", "r": 8, "alpha": 16.0, "target_modules": ["all-linear"], "trainable_parameters": 2442240},
+        "adapter": {
+            "method": "lora",
+            "r": 8,
+            "alpha": 16.0,
+            "target_modules": ["all-linear"],
+            "trainable_parameters": 2442240,
+        },
         "parameters": 134515008,
         "bytes": {"model_16bit": 269030016, "model_4bit": 111463416, "adapter": 9791488},
         "peak_memory_bytes": {"cpu": 2**31},
