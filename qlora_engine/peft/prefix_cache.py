@@ -5,6 +5,7 @@ from transformers import Cache, DynamicCache
 from transformers.cache_utils import CacheLayerMixin
 
 from qlora_engine.peft.base import MethodError
+from qlora_engine.peft.virtual_tokens import cache_name
 
 
 class PrefixLayer(CacheLayerMixin):
@@ -94,7 +95,7 @@ def states_of(model: torch.nn.Module, ids: torch.Tensor) -> torch.Tensor:
     training = {module: module.training for module in model.modules()}
     model.eval()
     try:
-        model(input_ids=ids[None], past_key_values=cache, use_cache=True)
+        model(input_ids=ids[None], use_cache=True, **{cache_name(model.forward): cache})
     finally:
         for module, flag in training.items():
             module.training = flag

@@ -9,10 +9,10 @@ from torch import nn
 
 from qlora_engine.peft.base import MethodError, register
 from qlora_engine.peft.prompt_tuning import repeated, token_ids, word_vectors
-from qlora_engine.peft.virtual_tokens import Folded, VirtualTokensConfig, VirtualTokensMethod
+from qlora_engine.peft.virtual_tokens import CACHE_NAMES, Folded, VirtualTokensConfig, VirtualTokensMethod
 
 INITS = ("random", "vocabulary", "text")
-_CACHE_NAMES = ("past_key_values", "layer_past")  # what attention layers call the cache
+_LAYER_CACHE_NAMES = (*CACHE_NAMES, "layer_past")  # what attention layers call it
 
 
 @dataclasses.dataclass
@@ -110,7 +110,7 @@ class PrefixTuningMethod(VirtualTokensMethod):
         self._attention = []
         for module in found:
             names = list(inspect.signature(module.forward).parameters)
-            cache = next((name for name in _CACHE_NAMES if name in names), None)
+            cache = next((name for name in _LAYER_CACHE_NAMES if name in names), None)
             if cache is None or not hasattr(module, "is_causal") or getattr(module, "is_cross_attention", False):
                 continue
             self._names[type(module)] = names, cache
@@ -168,15 +168,15 @@ class PrefixTuningMethod(VirtualTokensMethod):
             given["attention_mask"] = torch.ones(
                 batch, self._count + text.shape[1], dtype=torch.long, device=text.device
             )
-        cache, keep = given.get("past_key_values"), given.get("use_cache")
+        cache, keep = given.get(self._cache), given.get("use_cache")
         keep = getattr(self._text_config, "use_cache", False) if keep is None else keep
         recomputed = self.model.training and getattr(self.model, "is_gradient_checkpointing", False)
         if not self._causal or recomputed or not (keep or cache is not None):
-            given["past_key_values"] = alone
+            given[self._cache] = alone
             return 0
-        given["past_key_values"] = empty_cache(self.model.config) if cache is None else cache
+        given[self._cache] = empty_cache(self.model.config) if cache is None else cache
         devices = [next(module.parameters()).device for module in self._attention]
-        fill(given["past_key_values"], prefix, batch, self._embeddings.weight.dtype, devices)
+        fill(given[self._cache], prefix, batch, self._embeddings.weight.dtype, devices)
         return 0
 
     def _before(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]):
@@ -207,9 +207,9 @@ class PrefixTuningMethod(VirtualTokensMethod):
         self._active = False
         if isinstance(output, tuple):
             return tuple(value for value in output if not isinstance(value, PrefixCache))
-        if output is None or not isinstance(output.get("past_key_values"), PrefixCache):
+        if output is None or not any(isinstance(value, PrefixCache) for value in output.values()):
             return None
-        return type(output)(**{k: v for k, v in output.items() if k != "past_key_values"})
+        return type(output)(**{k: v for k, v in output.items() if not isinstance(v, PrefixCache)})
 
     def _peft_settings(self) -> dict[str, Any]:
         width = self._heads * self._head_dim

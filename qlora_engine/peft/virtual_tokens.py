@@ -25,6 +25,17 @@ FOLDED = "prompt_embeddings"  # PEFT's name, in files, of what a prompt encoder 
 _PEFT_PREFIX = "base_model."  # of the head's tensors in PEFT's files
 _PER_POSITION = ("logits", "start_logits", "end_logits", "last_hidden_state")
 
+# What models call their cache of keys and values: transformers 5.24 renamed it
+CACHE_NAMES = ("cache", "past_key_values")
+
+
+def cache_name(forward) -> str:
+    """What a model's `forward` calls its cache; where it only passes it on, what this transformers calls it."""
+    from transformers.modeling_outputs import BaseModelOutputWithPast
+
+    names = [*inspect.signature(forward).parameters, *(f.name for f in dataclasses.fields(BaseModelOutputWithPast))]
+    return next(name for name in names if name in CACHE_NAMES)
+
 
 @dataclasses.dataclass
 class VirtualTokensConfig(MethodConfig):
@@ -83,6 +94,7 @@ class VirtualTokensMethod(Method):
         self._text_config = model.config.get_text_config()
         self._width = self._embeddings.weight.shape[1]
         self._arguments = [p.name for p in inspect.signature(model.forward).parameters.values()]
+        self._cache = cache_name(model.forward)
         context = getattr(self._text_config, "max_position_embeddings", None)
         self._task = next((t for end, t in TASKS.items() if type(model).__name__.endswith(end)), None)
         heads = self._find_heads() if self.config.train_head else {}
@@ -150,12 +162,15 @@ class VirtualTokensMethod(Method):
         if not self.enabled:
             return None
         given = dict(zip(self._arguments, args, strict=False)) | kwargs
+        for name in CACHE_NAMES:
+            if name != self._cache and given.get(name) is not None:
+                given[self._cache] = given.pop(name)
         text = given.get("input_ids")
         text = given.get("inputs_embeds") if text is None else text
         if text is None:
             return None  # the model says what it misses
         batch, length = text.shape[:2]
-        cache, mask = given.get("past_key_values"), given.get("attention_mask")
+        cache, mask = given.get(self._cache), given.get("attention_mask")
         if getattr(cache, "is_compileable", False) or (mask is not None and mask.ndim != 2):
             raise MethodError(
                 f"{self.name} extends attention masks of [batch, tokens] and caches that grow; for a static cache or "
