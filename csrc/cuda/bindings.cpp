@@ -221,18 +221,17 @@ bool fused_backward(const char* op, const Nf4Weight& weight, const Tensor& grad,
                     "alignment, and beyond 64 rows a GPU of compute capability 9.0; use QLORA_ENGINE_LINEAR=auto");
     return false;
   };
-  if (grad.scalar_type() == ScalarType::Float) return decline();
-  const Tensor rows = torch::stable::contiguous(grad);
   const Dtype dtype = to_dtype(grad.scalar_type());
-  const void* from = rows.const_data_ptr();
   void* to = dx.mutable_data_ptr();
   int processors = 0;
   check_launch(op, multiprocessors(&processors));
-  const cudaStream_t stream = current_stream(grad.get_device_index());
-  const bool few = linear_backward_few_rows_fit(weight, dtype, from, to, M, N, K);
-  const bool many = linear_backward_sm90_fits(weight, dtype, from, to, M, N, K);
+  const bool few = linear_backward_few_rows_fit(weight, dtype, to, M, N, K);
+  const bool many = linear_backward_sm90_fits(weight, dtype, to, M, N, K);
   const BackwardChoice choice = choose_backward(asked.path, M, N, K, few, many, processors);
   if (choice.path == BackwardPath::kDequantize) return decline();
+  const Tensor rows = aligned_rows(grad);
+  const void* from = rows.const_data_ptr();
+  const cudaStream_t stream = current_stream(grad.get_device_index());
   if (choice.path == BackwardPath::kFewRows) {
     check_launch(op, linear_nf4_backward_few_rows(from, weight, dtype, to, M, N, K, stream));
     return true;

@@ -77,10 +77,9 @@ cudaError_t linear_nf4_sm90(const void* x, const Nf4Weight& weight, const void* 
                             int64_t N, int64_t K, const FusedConfig& config, cudaStream_t stream);
 
 // Whether linear_nf4_backward_few_rows can take this product: up to kFewBackwardRows rows of 16-bit grad, N a multiple
-// of 4, K of 64, blocks of at least 64, 16-byte alignment of packed (8 of grad, 4 of dx and scales).
+// of 4, K of 64, blocks of at least 64, 16-byte alignment of packed (4 of dx and scales; grad must have 8).
 constexpr int64_t kFewBackwardRows = 64;
-bool linear_backward_few_rows_fit(const Nf4Weight& weight, Dtype dtype, const void* grad, const void* dx, int64_t M,
-                                  int64_t N, int64_t K);
+bool linear_backward_few_rows_fit(const Nf4Weight& weight, Dtype dtype, const void* dx, int64_t M, int64_t N, int64_t K);
 
 // grad [M, N] contiguous -> dx [M, K] = grad @ W, without a decoded copy of W.
 cudaError_t linear_nf4_backward_few_rows(const void* grad, const Nf4Weight& weight, Dtype dtype, void* dx, int64_t M,
@@ -101,9 +100,8 @@ struct BackwardScratch {
 BackwardScratch linear_backward_sm90_scratch(const BackwardPlan& plan, int64_t M, int64_t K);
 
 // Whether linear_nf4_backward_sm90 can take this product on the current device: sm_90, 16-bit types, N a multiple of 8,
-// K of 64, blocks of at least 64, 16-byte alignment (4-byte for scales).
-bool linear_backward_sm90_fits(const Nf4Weight& weight, Dtype dtype, const void* grad, const void* dx, int64_t M,
-                               int64_t N, int64_t K);
+// K of 64, blocks of at least 64, 16-byte alignment (4-byte for scales); grad must have 16.
+bool linear_backward_sm90_fits(const Nf4Weight& weight, Dtype dtype, const void* dx, int64_t M, int64_t N, int64_t K);
 
 // grad [M, N] contiguous -> dx [M, K] = grad @ W, without a decoded copy of W.
 cudaError_t linear_nf4_backward_sm90(const void* grad, const Nf4Weight& weight, Dtype dtype, void* dx, int64_t M,

@@ -365,8 +365,8 @@ bool aligned(const void* p, int bytes) { return reinterpret_cast<uintptr_t>(p) %
 
 }  // namespace
 
-bool linear_backward_few_rows_fit(const Nf4Weight& weight, Dtype dtype, const void* grad, const void* dx, int64_t M,
-                                  int64_t N, int64_t K) {
+bool linear_backward_few_rows_fit(const Nf4Weight& weight, Dtype dtype, const void* dx, int64_t M, int64_t N,
+                                  int64_t K) {
   constexpr int64_t kMost = 1 << 23;  // a grid has at most 65,535 rows of 256 columns
   if (dtype == Dtype::kFloat32 || M > kFewBackwardRows || N > (int64_t(1) << 28) || K > kMost) return false;
   if (N * (K / 64) >= int64_t(1) << 32) return false;
@@ -378,7 +378,7 @@ bool linear_backward_few_rows_fit(const Nf4Weight& weight, Dtype dtype, const vo
   if (shared < std::max({Shape<1>::kSharedBytes, Shape<2>::kSharedBytes, Shape<4>::kSharedBytes, Shape<8>::kSharedBytes})) {
     return false;
   }
-  return aligned(grad, 8) && aligned(dx, 4) && aligned(weight.packed, 16);
+  return aligned(dx, 4) && aligned(weight.packed, 16);
 }
 
 cudaError_t linear_nf4_backward_few_rows(const void* grad, const Nf4Weight& weight, Dtype dtype, void* dx, int64_t M,

@@ -344,15 +344,15 @@ Work cut(const BackwardPlan& plan, int64_t M, int64_t N, int64_t K) {
 }  // namespace
 }  // namespace backward
 
-bool linear_backward_sm90_fits(const Nf4Weight& weight, Dtype dtype, const void* grad, const void* dx, int64_t M,
-                               int64_t N, int64_t K) {
+bool linear_backward_sm90_fits(const Nf4Weight& weight, Dtype dtype, const void* dx, int64_t M, int64_t N,
+                               int64_t K) {
   using backward::aligned;
   constexpr int64_t kMost = int64_t(1) << 30;  // rows and columns are counted in 32 bits, as are runs of 64 elements
   if (dtype == Dtype::kFloat32 || M > kMost || N > kMost || K > kMost || N * (K / 64) >= int64_t(1) << 32) return false;
   if (ceil_div(M, backward::kTokens) * ceil_div(K, backward::kColumns) > kMost / 64) return false;
   const bool scales = weight.absmax_codes ? aligned(weight.absmax_codes, 4) : aligned(weight.absmax, 4);
   if (N % 8 != 0 || K % 64 != 0 || weight.log2_blocksize < 6) return false;
-  if (!aligned(grad, 16) || !aligned(dx, 16) || !aligned(weight.packed, 16) || !scales) return false;
+  if (!aligned(dx, 16) || !aligned(weight.packed, 16) || !scales) return false;
   bool there = false;
   return backward::code_is_there(&there) == cudaSuccess && there;
 }

@@ -58,7 +58,7 @@ int run_linear_nf4(const void* x, const Nf4Weight* weight, const void* bias, int
 // -1 where the kernel does not take this product
 int run_linear_nf4_backward(const void* grad, const Nf4Weight* weight, int dtype, void* dx, int64_t M, int64_t N,
                             int64_t K) {
-  if (!linear_backward_few_rows_fit(*weight, Dtype(dtype), grad, dx, M, N, K)) return -1;
+  if (!linear_backward_few_rows_fit(*weight, Dtype(dtype), dx, M, N, K)) return -1;
   return linear_nf4_backward_few_rows(grad, *weight, Dtype(dtype), dx, M, N, K, nullptr);
 }
 

@@ -168,15 +168,24 @@ def test_random_shapes(M, N, K, blocksize, double_quant, dtype, cluster, splits)
 @pytest.mark.parametrize(
     ("N", "K", "blocksize"), [(63, 128, 64), (70, 128, 64), (64, 100, 64), (64, 96, 32), (64, 77, 64)]
 )
-def test_what_does_not_fit_is_dequantized(plan, N, K, blocksize, dtype, M, poisoned_memory):
-    plan(SINGLE)
-    check(M, random_weight(N, K, blocksize), dtype)
+def test_what_does_not_fit_is_dequantized(monkeypatch, N, K, blocksize, dtype, M, poisoned_memory):
+    w4 = random_weight(N, K, blocksize)
+    monkeypatch.setenv("QLORA_ENGINE_LINEAR", "auto")
+    check(M, w4, dtype)
+    monkeypatch.setenv("QLORA_ENGINE_LINEAR", "fused")
+    grad = torch.randn(M, N, device="cuda", dtype=dtype)
+    if N % 4 == 0 and N % 8 != 0 and K % 64 == 0 and dtype != torch.float32 and M <= 64:
+        check(M, w4, dtype)  # the kernel for few rows takes it
+    else:
+        with pytest.raises(RuntimeError, match="QLORA_ENGINE_LINEAR=fused, but no kernel takes this gradient"):
+            backward(grad, w4)
 
 
 @pytest.mark.parametrize("M", [6, 300])
 @pytest.mark.parametrize("chosen", [SINGLE, PAIRS])
-def test_any_address(plan, chosen, M, poisoned_memory):
+def test_any_address(plan, monkeypatch, chosen, M, poisoned_memory):
     plan(chosen)
+    monkeypatch.setenv("QLORA_ENGINE_LINEAR", "auto")
     w4 = random_weight(128, 256)
     packed, *scales = w4.arguments
     grad = torch.randn(M, 128, device="cuda", dtype=torch.bfloat16)
@@ -231,9 +240,9 @@ def test_graph_replays_with_new_gradients(plan, M, chosen):
         assert torch.equal(captured, backward(grad, w4))
 
 
-@pytest.mark.parametrize("value", ["", "fast", "Fused"])
+@pytest.mark.parametrize("value", ["fast", "Fused", "fused:64,1"])
 def test_unknown_paths_are_refused(monkeypatch, value):
     monkeypatch.setenv("QLORA_ENGINE_LINEAR", value)
     w4 = random_weight(64, 64)
-    with pytest.raises(RuntimeError, match="expected auto, fused or dequantize"):
+    with pytest.raises(RuntimeError, match=r"expected auto, fused, fused:TOKENS"):
         backward(torch.randn(4, 64, device="cuda", dtype=torch.bfloat16), w4)
