@@ -7,6 +7,7 @@ import itertools
 import sys
 
 import torch
+from triton.runtime import interpreter
 
 from qlora_engine import kernels
 from qlora_engine.reference import gated as gated_reference
@@ -16,6 +17,20 @@ from tests.numerics import relative_rms
 # M, widths and ranks: tails in every direction, one row, a rank above a tile, several parts of every reduction
 SHAPES = [(37, 72, 4), (1, 130, 16), (70, 65, 33), (130, 64, 1)]
 failures = []
+
+
+def accept_one_element_arrays():
+    """Lets Triton 3.6 count a loop whose bounds are not constants under NumPy 2.5.
+
+    It takes `int` of an array of one element, which that NumPy refuses; Triton 3.8 squeezes the array first.
+    """
+    patch = interpreter._patch_lang_tensor
+
+    def patch_tensor(tensor, scope):
+        patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+    interpreter._patch_lang_tensor = patch_tensor
 
 
 def check(name, actual, expected, bound=2e-6):
@@ -99,6 +114,7 @@ def gated(activation):
 
 
 def main() -> int:
+    accept_one_element_arrays()
     torch.manual_seed(0)
     for shape, dropout_p in itertools.product(SHAPES, (0.0, 0.3)):
         narrow_products(*shape, dropout_p)
