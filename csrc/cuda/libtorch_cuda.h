@@ -5,6 +5,7 @@
 #include <cuda_runtime_api.h>
 #include <dlfcn.h>
 #include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/util/Exception.h>
 
@@ -44,6 +45,15 @@ inline void matrix_product(const torch::stable::Tensor& out, const torch::stable
     static const auto function = find_in_libtorch_cuda<Product>("aoti_torch_cuda_mm_out");
     TORCH_ERROR_CODE_CHECK(function(out.get(), a.get(), b.get()));
   }
+}
+
+// out += other, of the same shape
+inline void add_to(torch::stable::Tensor out, const torch::stable::Tensor& other) {
+  using Sum = AOTITorchError (*)(AtenTensorHandle, AtenTensorHandle, double, AtenTensorHandle*);
+  static const auto function = find_in_libtorch_cuda<Sum>("aoti_torch_cuda_add_Tensor");
+  AtenTensorHandle sum = nullptr;
+  TORCH_ERROR_CODE_CHECK(function(out.get(), other.get(), 1.0, &sum));
+  torch::stable::copy_(out, torch::stable::Tensor(sum));
 }
 
 inline void check_launch(const char* op, cudaError_t error) {
