@@ -120,4 +120,18 @@ cudaError_t linear_nf4_backward_sm90(const void* grad, const Nf4Weight& weight, 
                                      void* dx, bool add, int64_t M, int64_t N, int64_t K, const BackwardPlan& plan,
                                      float* partials, int32_t* counters, cudaStream_t stream);
 
+// target[i] = source[i] * factor, rounded to one dtype for all jobs of a launch.
+struct RoundJob {
+  const void* source;
+  void* target;
+  int64_t count;
+  float factor;
+  Dtype dtype;  // of the source
+};
+constexpr int kMaxRoundJobs = 6;
+struct RoundJobs {
+  RoundJob of[kMaxRoundJobs];
+};
+cudaError_t round_matrices(const RoundJobs& jobs, int count, Dtype dtype, cudaStream_t stream);
+
 }  // namespace qlora_engine::cuda

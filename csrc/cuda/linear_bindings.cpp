@@ -8,6 +8,7 @@
 #include "dispatch.h"
 #include "dispatch_backward.h"
 #include "launch.h"
+#include "products.h"
 
 namespace qlora_engine::cuda {
 namespace {
@@ -122,6 +123,8 @@ Tensor linear_nf4_cuda(const Tensor& x, const Tensor& packed, const Tensor& absm
   return multiply(op, x, weight, out_features, {}, bias);
 }
 
+}  // namespace
+
 Tensor linear_nf4_lora_cuda(const Tensor& x, const Tensor& packed, const Tensor& absmax,
                             const OptionalTensor& nested_absmax, const OptionalTensor& nested_offset,
                             int64_t blocksize, int64_t out_features, const Tensor& S, const Tensor& B,
@@ -132,6 +135,8 @@ Tensor linear_nf4_lora_cuda(const Tensor& x, const Tensor& packed, const Tensor&
   const int64_t rank = check_low_rank(op, "S", S, "B", B, x, out_features, true);
   return multiply(op, x, weight, out_features, {S, B, rank}, bias);
 }
+
+namespace {
 
 // dx = grad W (+ S B), or dx += that.
 void multiply_backward(const char* op, const Tensor& grad, const Nf4Pointers& weight, const LowRank& lora,
@@ -201,6 +206,8 @@ Tensor linear_nf4_backward_cuda(const Tensor& grad, const Tensor& packed, const 
   return dx;
 }
 
+}  // namespace
+
 Tensor linear_nf4_backward_lora_cuda(const Tensor& grad, const Tensor& packed, const Tensor& absmax,
                                      const OptionalTensor& nested_absmax, const OptionalTensor& nested_offset,
                                      int64_t blocksize, int64_t in_features, const Tensor& dS, const Tensor& A,
@@ -230,8 +237,6 @@ void linear_nf4_backward_add_cuda(Tensor dx, const Tensor& grad, const Tensor& p
   const DeviceGuard guard(grad.get_device_index());
   if (dx.numel() > 0) multiply_backward(op, grad, weight, {}, dx, true);
 }
-
-}  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(qlora_engine, CUDA, m) {
   m.impl("linear_nf4", TORCH_BOX(&linear_nf4_cuda));

@@ -2,6 +2,7 @@
 
 from qlora_engine.ops import backend
 from qlora_engine.ops.adamw import adamw_step, gradient_norm
+from qlora_engine.ops.adapter import adapter_backward_S, adapter_backward_x, adapter_forward
 from qlora_engine.ops.dequantize import dequantize_absmax, dequantize_nf4
 from qlora_engine.ops.gated import gated_activation, gated_activation_backward
 from qlora_engine.ops.linear import (
@@ -19,6 +20,9 @@ from qlora_engine.ops.quantize import quantize_absmax, quantize_nf4, quantize_nf
 __all__ = [
     "LinearPath",
     "adamw_step",
+    "adapter_backward_S",
+    "adapter_backward_x",
+    "adapter_forward",
     "backend",
     "dequantize_absmax",
     "dequantize_nf4",

@@ -63,6 +63,21 @@ ADAPTER_SCHEMAS = {
     "gated_activation_backward_inplace": ("(Tensor(a!) grad, Tensor(b!) gate, Tensor(c!) up, str activation) -> ()"),
 }
 
+_WEIGHTS = "Tensor[] packed, Tensor[] absmax, Tensor?[] nested_absmax, Tensor?[] nested_offset, int[] blocksizes"
+
+# Layers with adapters, one to three of one input; every list has one entry a projection. See ops/adapter.py.
+LAYER_SCHEMAS = {
+    # x [M, K] -> outputs [M, N], S [M, sum of ranks]
+    "adapter_forward": (
+        f"(Tensor x, {_WEIGHTS}, int[] out_features, Tensor?[] biases, Tensor[] lora_A, Tensor[] lora_B, "
+        "float[] scalings) -> (Tensor[], Tensor)"
+    ),
+    # -> gradient of S [M, sum of ranks], gradients of lora_B
+    "adapter_backward_S": "(Tensor[] grads, Tensor S, Tensor[] lora_B, float[] scalings) -> (Tensor, Tensor[])",
+    # -> gradient of x [M, K]
+    "adapter_backward_x": f"(Tensor[] grads, Tensor grad_S, {_WEIGHTS}, Tensor[] lora_A) -> Tensor",
+}
+
 # Operators that change their arguments and return nothing that has a gradient. See ops/adamw.py.
 OPTIMIZER_SCHEMAS = {
     "adamw_step": (
