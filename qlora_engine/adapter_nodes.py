@@ -48,14 +48,12 @@ def _together(x, group: Group, projections) -> bool:
     if group.dropout_p or not serves_layers(x.device.type):
         return False
     factors = [factor for A, B, *_ in projections for factor in (A, B)]
-    return all(f.is_contiguous() and f.dtype in (torch.float32, x.dtype) for f in factors)
+    return all([f.is_contiguous() and f.dtype in (torch.float32, x.dtype) for f in factors])
 
 
 def _weights(projections, group: Group) -> tuple[list, ...]:
     """packed, absmax, nested_absmax, nested_offset and blocksizes, a list each."""
-    packed, absmax, nested_absmax, nested_offset = (
-        list(one) for one in zip(*(p[3:] for p in projections), strict=True)
-    )
+    packed, absmax, nested_absmax, nested_offset = [[p[3 + i] for p in projections] for i in range(4)]
     return packed, absmax, nested_absmax, nested_offset, [member.blocksize for member in group.members]
 
 
@@ -64,7 +62,7 @@ def _forward(x, seed, group: Group, tensors) -> tuple[list[torch.Tensor], torch.
     projections = _split(tensors)
     if _together(x, group, projections):
         sizes, scalings = [m.out_features for m in group.members], [m.scaling for m in group.members]
-        lora_A, lora_B, biases = (list(one) for one in zip(*(p[:3] for p in projections), strict=True))
+        lora_A, lora_B, biases = [[p[i] for p in projections] for i in range(3)]
         weights = _weights(projections, group)
         return operator("adapter_forward", x)(x, *weights, sizes, biases, lora_A, lora_B, scalings)
     S = operator("lora_down", x)(x, [A for A, *_ in projections], 1.0, group.dropout_p, seed)

@@ -13,6 +13,7 @@ from qlora_engine import kernels
 from qlora_engine.ops import backend
 from qlora_engine.ops.schema import LAYER_SCHEMAS, SCHEMAS
 
+_HAS_TRITON = kernels.why_not() is None  # asked once: a cached function is more than torch.compile can trace
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
 _implementations: dict[tuple[str, str], Callable] = {}
 
@@ -38,8 +39,7 @@ def serves_layers(device: str) -> bool:
 
 def one_read_pays(grad: torch.Tensor, lora_B: torch.Tensor) -> bool:
     """Whether Triton's kernel, which reads a gradient once for dS and dB, beats two products of cuBLAS."""
-    free = kernels.why_not() is None and kernels.adapter_choice == "auto"
-    return free and kernels.one_read_pays(*grad.shape, lora_B.shape[1])
+    return _HAS_TRITON and kernels.adapter_choice == "auto" and kernels.one_read_pays(*grad.shape, lora_B.shape[1])
 
 
 def _implementation(name: str, device: str) -> Callable:
