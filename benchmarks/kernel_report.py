@@ -46,6 +46,7 @@ BUDGETS = {
     r"adamw_kernel<(1|true)>": (80, 10512),
     r"adamw_prepare_kernel": (64, 1024),
     r"gradient_(squares|norm)_kernel": (64, 3072),
+    r"round_matrices_kernel<.*>": (32, 0),
 }
 
 

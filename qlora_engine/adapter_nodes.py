@@ -47,8 +47,12 @@ def _together(x, group: Group, projections) -> bool:
     """Whether one operator serves all of a group's projections: `ops/adapter.py`."""
     if group.dropout_p or not serves_layers(x.device.type):
         return False
-    factors = [factor for A, B, *_ in projections for factor in (A, B)]
-    return all([f.is_contiguous() and f.dtype in (torch.float32, x.dtype) for f in factors])
+    for A, B, *_ in projections:
+        if not (A.is_contiguous() and B.is_contiguous()):
+            return False
+        if A.dtype not in (torch.float32, x.dtype) or B.dtype not in (torch.float32, x.dtype):
+            return False
+    return True
 
 
 def _weights(projections, group: Group) -> tuple[list, ...]:
