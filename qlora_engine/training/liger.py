@@ -1,4 +1,4 @@
-"""RMSNorm and rotary embeddings by liger-kernel, on the instances of one model: `use_liger`, undone by `remove_liger`.
+"""RMSNorm and rotary embeddings by liger-kernel, in one model's modules: `use_liger`, undone by `remove_liger`.
 
 transformers' own are four to ten elementwise kernels each, bound by bytes; liger's are one. Classes and modules of
 transformers are left alone, so other models in the process do not change. Which variant of a norm a module is, and

@@ -87,9 +87,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad, _):
         if ctx.grads is None:
-            raise RuntimeError(
-                "the chunked loss keeps its gradients for one backward pass; call it again for another"
-            )
+            raise RuntimeError("the chunked loss keeps its gradients for one backward pass; compute it again")
         grads, ctx.grads = ctx.grads, None
         scaled = [
             None if one is None else one.mul_(grad.to(one.dtype)).to(dtype)
