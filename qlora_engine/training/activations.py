@@ -185,9 +185,8 @@ class Recomputation:
         waiting.release()
         return output
 
-    def prepare_capture(self, device: torch.device) -> tuple[torch.Generator, torch.Generator]:
-        """Makes the two generators, seeded from torch's; a graph has to know them before it captures."""
-        seed = int(torch.randint(2**62, ()))
+    def prepare_capture(self, device: torch.device, seed: int) -> tuple[torch.Generator, torch.Generator]:
+        """Makes the two generators; a graph has to know them before it captures."""
         self.twins = tuple(torch.Generator(device).manual_seed(seed) for _ in range(2))
         return self.twins
 
