@@ -18,6 +18,7 @@ from qlora_engine.models.files import atomic_write
 from qlora_engine.optim import lora_plus_groups
 from qlora_engine.training.memory import GIB, peak_memory
 from qlora_engine.training.methods import MethodSteps, load_checkpoint, method_of, save_checkpoint
+from qlora_engine.training.step import CapturedTraining
 
 
 class QLoRATrainer(SFTTrainer):
@@ -33,6 +34,7 @@ class QLoRATrainer(SFTTrainer):
 
     def __init__(self, *args, lora_plus: float = 1.0, **kwargs):
         self._lora_plus = lora_plus
+        self.captured: CapturedTraining | None = None  # where the steps are CUDA graphs
         super().__init__(*args, **kwargs)
         self.method = method_of(self.model)
         if self.method is not None:
@@ -56,6 +58,20 @@ class QLoRATrainer(SFTTrainer):
         # the loss of a part of a batch whose size is known is a share of the step's; the penalty is of the step
         share = penalty if num_items_in_batch is None else penalty / self.args.gradient_accumulation_steps
         return (found[0] + share, found[1]) if return_outputs else found + share
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        if self.captured is None:
+            return super().training_step(model, inputs, num_items_in_batch)
+        model.train()
+        return self.captured(inputs, num_items_in_batch)
+
+    def log(self, logs, start_time=None):
+        if self.captured is not None and self.model.training:
+            for correct, count, real in self.captured.take_counts():
+                self._metrics["train"]["mean_token_accuracy"].append(correct / max(1, count))
+                self._total_train_tokens += real
+                self._metrics["train"]["num_tokens"] = [self._total_train_tokens]
+        super().log(logs, start_time)
 
     def _save(self, output_dir=None, state_dict=None):
         if self.args.should_save and self.method is not None:
