@@ -11,6 +11,7 @@ backward. --check compares the first step's loss with PEFT's on the 16-bit weigh
 the gradients of both with those in float32.
 """
 
+import contextlib
 import gc
 import sys
 import time
@@ -20,6 +21,7 @@ import llama_shapes
 import step_profile
 import torch
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from qlora_engine.optim import PagedAdamW
 from qlora_engine.training.activations import recompute_layers
@@ -27,11 +29,12 @@ from qlora_engine.training.cuda_graphs import CapturedStep, causal_attention
 from qlora_engine.training.liger import use_liger, why_no_liger
 from qlora_engine.training.loss import causal_lm_loss
 
-# rows, tokens a row, and how: a policy of recomputation, "graph" for a CUDA graph, "offload" for inputs on the host
+# rows, tokens a row, and how: a policy of recomputation, "graph" for a CUDA graph, "offload" for inputs on the host,
+# "cudnn" for cuDNN's attention before FlashAttention
 CASES = [
     (1, 512, ("selective, graph", "none, graph", "none")),
     (2, 2048, ("selective", "selective, graph", "selective, offload", "none, graph")),
-    (4, 2048, ("selective", "selective, graph", "selective, offload")),
+    (4, 2048, ("selective", "selective, cudnn", "selective, graph", "selective, offload")),
 ]
 LOSS_BOUND = 1e-3  # relative
 GRADIENT_BOUND = 1.2  # error of our gradients over PEFT's, both in bfloat16 against float32
@@ -92,11 +95,14 @@ def our_step(model: nn.Module, optimizer, rows: int, length: int, way: str):
     ids, loss = batch(rows, length), loss_of(model)
     captured = CapturedStep(loss, model) if "graph" in more else None
 
+    prefer = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]
+
     def step():
-        if captured:
-            captured(input_ids=ids)
-        else:
-            loss(ids).backward()
+        with sdpa_kernel(prefer, set_priority=True) if "cudnn" in more else contextlib.nullcontext():
+            if captured:
+                captured(input_ids=ids)
+            else:
+                loss(ids).backward()
         optimizer.step()
         optimizer.zero_grad()
 
