@@ -121,9 +121,9 @@ def bytes_per_token(model: nn.Module) -> tuple[int, int]:
     inputs, current, handles = [0] * len(layers), [None], []
 
     def enter(index):
-        def hook(_, arguments):
+        def hook(_, arguments, named):
             current[0] = index
-            inputs[index] = arguments[0].nbytes
+            inputs[index] = next(t.nbytes for t in (*arguments, *named.values()) if isinstance(t, torch.Tensor))
 
         return hook
 
@@ -144,7 +144,8 @@ def bytes_per_token(model: nn.Module) -> tuple[int, int]:
     try:
         for index, layer in enumerate(layers):
             layer.gradient_checkpointing = False
-            handles += [layer.register_forward_pre_hook(enter(index)), layer.register_forward_hook(leave)]
+            handles.append(layer.register_forward_pre_hook(enter(index), with_kwargs=True))
+            handles.append(layer.register_forward_hook(leave))
         model.train()
         with (
             torch.random.fork_rng([device] if device.type == "cuda" else []),
@@ -209,7 +210,7 @@ class Recomputation:
         self.host, self.ends_with_mlp = host, ends_with_mlp
         self.twins: tuple[torch.Generator, torch.Generator] | None = None
 
-    def __call__(self, function: Callable, hidden: torch.Tensor, *arguments):
+    def __call__(self, function: Callable, *arguments):
         capturing = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
         twins = self.twins if capturing else None
         options = {
@@ -217,11 +218,13 @@ class Recomputation:
             "preserve_rng_state": not capturing,
             "context_fn": lambda: self.contexts(twins),
         }
-        if self.host is None or not torch.is_grad_enabled() or hidden.nbytes < LEAST_OFFLOADED:
-            return checkpoint(function, hidden, *arguments, **options)
+        hidden, *rest = arguments or (None,)
+        offloads = self.host is not None and hidden is not None and hidden.nbytes >= LEAST_OFFLOADED
+        if not offloads or not torch.is_grad_enabled():
+            return checkpoint(function, *arguments, **options)
         waiting = self.host.push(hidden)
         device = hidden.new_empty(0)  # whose random state is kept: of tensors that it is not given, torch cannot know
-        output = checkpoint(lambda _: function(waiting.take(), *arguments), device, **options)
+        output = checkpoint(lambda _: function(waiting.take(), *rest), device, **options)
         waiting.release()
         return output
 

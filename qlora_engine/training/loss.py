@@ -151,7 +151,11 @@ def rows_at_a_time(rows: int, row_bytes: int) -> int:
 
 
 def causal_lm_loss(
-    model: nn.Module, input_ids: torch.Tensor, labels: torch.Tensor, num_items: torch.Tensor | None = None, **inputs
+    model: nn.Module,
+    input_ids: torch.Tensor,
+    labels: torch.Tensor,
+    num_items: torch.Tensor | int | None = None,
+    **inputs,
 ) -> CausalLoss:
     """The next-token loss of a transformers model with a language-model head, without its logits.
 
@@ -169,8 +173,8 @@ def causal_lm_loss(
     head = model.get_output_embeddings()
     total, correct = linear_cross_entropy(hidden.reshape(-1, hidden.shape[-1]), head.weight, shifted)
     count = (shifted != IGNORED).sum()
-    items = count.clamp(min=1) if num_items is None else num_items
-    return CausalLoss(total / items, correct.sum(), count)
+    items = count if num_items is None else torch.as_tensor(num_items)
+    return CausalLoss(total / items.clamp(min=1), correct.sum(), count)
 
 
 def decoder_of(model: nn.Module) -> nn.Module:

@@ -50,8 +50,10 @@ def set_up(options: FinetuneOptions, trainer, device: torch.device) -> None:
                 tokens=options.batch_size * options.max_length,
                 offload=options.offload_activations,
             )
+    why_no_loss = why_not_own_loss(options, trainer)
+    trainer.own_loss = why_no_loss is None
     if options.cuda_graphs:
-        trainer.captured = captured_training(options, trainer, device)
+        trainer.captured = captured_training(options, trainer, device, why_no_loss)
 
 
 def set_up_liger(options: FinetuneOptions, model: torch.nn.Module, device: torch.device) -> None:
@@ -67,7 +69,20 @@ def set_up_liger(options: FinetuneOptions, model: torch.nn.Module, device: torch
         liger.use_liger(model)
 
 
-def captured_training(options: FinetuneOptions, trainer, device: torch.device) -> "CapturedTraining":
+def why_not_own_loss(options: FinetuneOptions, trainer) -> str | None:
+    """Why the training loss stays TRL's, or None."""
+    if options.method != LORA:
+        return f"it is that of --method {options.method}"
+    if trainer.accelerator.num_processes > 1:
+        return "several processes share the batch"
+    if trainer.aux_loss_enabled or trainer.args.loss_type != "nll":
+        return "there is more in it than the next token's"
+    return loss.why_no_causal_loss(trainer.model)
+
+
+def captured_training(
+    options: FinetuneOptions, trainer, device: torch.device, why_no_loss: str | None
+) -> "CapturedTraining":
     """What makes a trainer's steps CUDA graphs.
 
     Raises:
@@ -78,8 +93,8 @@ def captured_training(options: FinetuneOptions, trainer, device: torch.device) -
         reason = f"the device is {device}; a GPU is needed"
     elif options.method != LORA:
         reason = f"--method {options.method} decides on the host what its steps do; only lora's are captured"
-    elif (why := loss.why_no_causal_loss(trainer.model)) is not None:
-        reason = f"the loss cannot be captured: {why}"
+    elif why_no_loss:
+        reason = f"the loss cannot be captured: {why_no_loss}"
     elif trainer.model.config._attn_implementation != "sdpa":
         reason = f"the attention is {trainer.model.config._attn_implementation!r}; expected 'sdpa'"
     if reason:
@@ -99,10 +114,9 @@ class CapturedTraining:
     def __init__(self, trainer, rows: int, longest: int):
         self.trainer, self.rows, self.longest = trainer, rows, longest
         self.graphs: CapturedStep | None = None
-        self.counts: list[torch.Tensor] = []  # correct, counted and real tokens of batches that are not yet logged
 
-    def __call__(self, inputs: dict[str, torch.Tensor], num_items: torch.Tensor | int | None) -> torch.Tensor:
-        """The loss of a batch, detached; its gradients are in `.grad`.
+    def __call__(self, inputs: dict[str, torch.Tensor], num_items: torch.Tensor | int | None) -> loss.CausalLoss:
+        """The loss of a batch, detached, and what was counted; its gradients are in `.grad`.
 
         Raises:
             UsageError: for a batch that cannot be captured.
@@ -110,7 +124,6 @@ class CapturedTraining:
         trainer = self.trainer
         if self.graphs is None:
             self.graphs = CapturedStep(self._loss, trainer.model, backward=trainer.accelerator.backward)
-        inputs = trainer._prepare_inputs(inputs)
         unknown = inputs.keys() - BATCH
         if unknown:
             raise UsageError(f"--cuda-graphs: batches hold {', '.join(sorted(unknown))}, which are not captured")
@@ -122,20 +135,29 @@ class CapturedTraining:
         length = bucket_length(ids.shape[1], self.longest)
         padded = padded_batch(ids, labels, max(self.rows, ids.shape[0]), length)
         try:
-            value, correct, count = self.graphs(input_ids=padded[0], labels=padded[1], num_items=num_items)
+            return loss.CausalLoss(*self.graphs(input_ids=padded[0], labels=padded[1], num_items=num_items))
         except RuntimeError as error:
             if "captured" not in str(error):
                 raise
             raise UsageError(f"{error}; leave out --cuda-graphs") from error
-        real = inputs["attention_mask"].sum() if "attention_mask" in inputs else count.new_tensor(ids.numel())
-        self.counts.append(torch.stack((correct, count, real)))
-        return value
 
     def _loss(self, input_ids, labels, num_items):
         with self.trainer.accelerator.autocast(), causal_attention(self.trainer.model):
             return tuple(loss.causal_lm_loss(self.trainer.model, input_ids, labels, num_items))
 
-    def take_counts(self) -> list[list[int]]:
-        """Correct, counted and real tokens of each batch since the last call; waits for the GPU."""
-        counts, self.counts = self.counts, []
+
+class TokenCounts:
+    """Correct, counted and real tokens of batches, kept on their device until somebody asks."""
+
+    def __init__(self):
+        self.waiting: list[torch.Tensor] = []
+
+    def add(self, found: loss.CausalLoss, inputs: dict[str, torch.Tensor]) -> None:
+        mask = inputs.get("attention_mask")
+        real = found.count.new_tensor(inputs["input_ids"].numel()) if mask is None else mask.sum()
+        self.waiting.append(torch.stack((found.correct, found.count, real)).detach())
+
+    def take(self) -> list[list[int]]:
+        """Those of every batch since the last call; waits for the GPU."""
+        counts, self.waiting = self.waiting, []
         return torch.stack(counts).tolist() if counts else []
