@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 TIMEOUT = 120
+PRELOADED = ("torch.distributed.fsdp", "torch.distributed.checkpoint", "tests.models.tiny", "transformers")
 
 
 def run_ranks(function: Callable, world_size: int, *arguments) -> list:
@@ -23,7 +24,7 @@ def run_ranks(function: Callable, world_size: int, *arguments) -> list:
         RuntimeError: with a rank's traceback where one failed, or where they did not end in time.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch.distributed.fsdp", "qlora_engine.models.adapter", "tests.models.tiny"])
+    context.set_forkserver_preload([*PRELOADED])
     results = context.SimpleQueue()
     with tempfile.TemporaryDirectory() as folder:
         rendezvous = f"file://{Path(folder, 'rendezvous')}"
@@ -62,7 +63,15 @@ def _results(processes, results, world_size):
 
 
 def _rank(function, rank, world_size, rendezvous, results, arguments):
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_RANK": str(rank)}
+    sizes = {"WORLD_SIZE": str(world_size), "LOCAL_WORLD_SIZE": str(world_size)}
+    # what accelerate asks for, though the group is there already
+    os.environ |= {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": "0",
+        **sizes,
+    }
     torch.set_num_threads(1)
     try:
         limit = datetime.timedelta(seconds=TIMEOUT / 2)
