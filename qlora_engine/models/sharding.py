@@ -1,6 +1,7 @@
 """Sharding a 4-bit model over processes with torch's `fully_shard`: bytes as bytes, one layer gathered at a time."""
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.distributed as dist
@@ -70,10 +71,9 @@ def shard(
     for layer in model.modules():
         if isinstance(layer, NF4Linear):
             _scales_as_parameter(layer)
-    units = [*blocks, *_lone_embeddings(model)]
-    for unit in units:
-        fully_shard(unit, mesh=mesh, reshard_after_forward=reshard_after_forward)
-    fully_shard(model, mesh=mesh, reshard_after_forward=reshard_after_forward)
+    with _bytes_as_parameters():
+        for unit in (*blocks, *_lone_embeddings(model), model):
+            fully_shard(unit, mesh=mesh, reshard_after_forward=reshard_after_forward)
     return model
 
 
@@ -103,6 +103,35 @@ def _check_dtypes(unit: nn.Module) -> None:
             "reduced together, so give them one dtype, such as adapter_dtype=torch.float32 and .float() for modules "
             "that are trained whole"
         )
+
+
+@contextlib.contextmanager
+def _bytes_as_parameters() -> Iterator[None]:
+    """Lets `fully_shard` of torch before 2.13 shard bytes.
+
+    It makes each sharded parameter with nn.Parameter's default, as one that requires a gradient, and gives it the
+    flag of the original only then; for bytes the first step is an error.
+    """
+    if tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 13):
+        yield
+        return
+    from torch.distributed.fsdp._fully_shard import _fsdp_param
+
+    class Names:
+        """torch.nn, with another default in Parameter."""
+
+        def __getattr__(self, name):
+            return getattr(nn, name)
+
+        @staticmethod
+        def Parameter(data, requires_grad=None):
+            return nn.Parameter(data, data.is_floating_point() if requires_grad is None else requires_grad)
+
+    _fsdp_param.nn = Names()
+    try:
+        yield
+    finally:
+        _fsdp_param.nn = nn
 
 
 def _scales_as_parameter(layer: NF4Linear) -> None:
