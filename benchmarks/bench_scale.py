@@ -6,8 +6,10 @@
 Whole training steps, with rank-16 adapters on every linear layer: forward, backward, PagedAdamW. The 4-bit weights
 are drawn as bytes, so no 16-bit weight exists at any time; shapes are those of Llama-3-70B, Mistral-Large and
 Llama-3-8B. Layers are recomputed, their inputs wait in pinned host memory, logits exist in chunks, and the
-optimizer's state lies in host memory. "longest" is the longest sequence that fits, in steps of 512 tokens: two
-lengths are measured, the line through their peaks is extended to the cap, and the length found is run. torch may
+optimizer's state lies in host memory. The last
+length of 70B is the longest found to fit, in steps of 512 tokens: the line through the last two peaks is extended to
+the cap, and what it says is run. A length's first step, which the first length alone has before its timed one, also
+takes page-locked memory from the system. torch may
 take the cap less CONTEXT_GIB, which is for what the driver and the libraries take beside it.
 """
 
@@ -100,12 +102,11 @@ def random_weight(shape: tuple[int, int], device: str) -> NF4Weight:
     return NF4Weight(packed, bytes_(blocks), nested, offset, shape, BLOCKSIZE, torch.bfloat16)
 
 
-def build(shapes: Shapes, device: str, longest: int) -> nn.Module:
-    """A model with adapters, born in 4 bits on the device."""
-    from accelerate import init_empty_weights
-    from transformers import LlamaConfig, LlamaForCausalLM
+def configuration(shapes: Shapes, longest: int):
+    """transformers' description of a decoder of these sizes."""
+    from transformers import LlamaConfig
 
-    config = LlamaConfig(
+    return LlamaConfig(
         vocab_size=shapes.vocabulary,
         hidden_size=shapes.hidden,
         intermediate_size=shapes.intermediate,
@@ -117,16 +118,29 @@ def build(shapes: Shapes, device: str, longest: int) -> nn.Module:
         use_cache=False,
         dtype=torch.bfloat16,
     )
-    with init_empty_weights(include_buffers=False):
-        model = LlamaForCausalLM(config)
-    for path, module in list(model.named_modules()):
-        if isinstance(module, nn.Linear) and module is not model.lm_head:
-            replace_module(model, path, NF4Linear.from_weight(random_weight(tuple(module.weight.shape), device)), {})
-        elif "RMSNorm" in type(module).__name__:
+
+
+def fill_rest(model: nn.Module, device: str) -> None:
+    """Gives norms, embeddings and head, which are on the meta device, numbers in bfloat16."""
+    for module in model.modules():
+        if "RMSNorm" in type(module).__name__:
             module.weight = nn.Parameter(torch.ones(module.weight.shape, dtype=torch.bfloat16, device=device))
     for module in (model.model.embed_tokens, model.lm_head):
         drawn = torch.empty(module.weight.shape, dtype=torch.bfloat16, device=device).normal_(std=STD)
         module.weight = nn.Parameter(drawn)
+
+
+def build(shapes: Shapes, device: str, longest: int) -> nn.Module:
+    """A model with adapters, born in 4 bits on the device."""
+    from accelerate import init_empty_weights
+    from transformers import LlamaForCausalLM
+
+    with init_empty_weights(include_buffers=False):
+        model = LlamaForCausalLM(configuration(shapes, longest))
+    for path, module in list(model.named_modules()):
+        if isinstance(module, nn.Linear) and module is not model.lm_head:
+            replace_module(model, path, NF4Linear.from_weight(random_weight(tuple(module.weight.shape), device)), {})
+    fill_rest(model, device)
     return qe.prepare(model.to(device), qe.QLoRAConfig(r=RANK, alpha=RANK)).train()
 
 
@@ -198,21 +212,27 @@ def limit(gib: float | None) -> float:
     return allowed
 
 
-def longest_that_fits(trainer: Trainer, rows: list[dict], allowed: float, tries: int = 3) -> dict | None:
-    """The row of the longest sequence within the memory, or None where all tries ran out of it."""
-    (t1, p1), (t2, p2) = ((row["tokens"], row["reserved_gib"]) for row in rows[-2:])
-    slope = (p2 - p1) / (t2 - t1)
-    tokens = int(t2 + (allowed - p2) / slope) // STEP_TOKENS * STEP_TOKENS
+def longest_that_fits(trainer: Trainer, rows: list[dict], allowed: float, tries: int = 4) -> dict | None:
+    """The row of the longest sequence found to fit; None where nothing longer than the rows' does.
+
+    The line through the last two peaks is extended to what torch may take, as often as that finds something longer.
+    """
+    found, points = None, [(row["tokens"], row["reserved_gib"]) for row in rows]
     for _ in range(tries):
+        (t1, p1), (t2, p2) = points[-2:]
+        tokens = int(t2 + (allowed - p2) / max((p2 - p1) / (t2 - t1), 1e-9)) // STEP_TOKENS * STEP_TOKENS
+        if tokens <= t2:
+            break
         try:
-            return trainer(tokens, warm=False) | {"longest": True}
+            found = trainer(tokens, warm=False) | {"longest": True}
+            points.append((tokens, found["reserved_gib"]))
         except torch.OutOfMemoryError:
             print(f"{tokens} tokens do not fit", flush=True)
-        trainer.optimizer.zero_grad()
-        gc.collect()
-        torch.cuda.empty_cache()
-        tokens -= 2 * STEP_TOKENS
-    return None
+            trainer.optimizer.zero_grad()
+            gc.collect()
+            torch.cuda.empty_cache()
+            allowed -= 0.25 * (allowed - p2)  # nearer to the last that did
+    return found
 
 
 def measure(work: Work, device: str) -> list[dict]:
