@@ -31,7 +31,7 @@ _HOMES = {
     "unmerge": "qlora_engine.models.merge",
 }
 
-_MODULES = ("functional", "optim", "peft")
+_MODULES = ("distributed", "functional", "optim", "peft")
 
 __all__ = sorted([*_HOMES, *_MODULES])
 

@@ -109,6 +109,12 @@ class FinetuneOptions:
         False, "run forward and backward as CUDA graphs: faster for small batches; pads to at most four lengths"
     )
     seed: int = option(0, "seed of the adapters, the split, the order and the dropout", minimum=0)
+    sharding: str = option(
+        "auto",
+        "several processes: none replicates the model (DDP), full shards it (FSDP2); auto: full where accelerate "
+        "launch was told to use FSDP, else none",
+        choices=("auto", "none", "full"),
+    )
     # progress
     eval_every: int = option(0, "steps between evaluations; 0: four a run", minimum=0)
     save_every: int = option(0, "steps between checkpoints; 0: at the end and on interruption", minimum=0)

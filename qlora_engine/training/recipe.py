@@ -19,11 +19,12 @@ from qlora_engine.training.errors import DataError, UsageError, as_usage_error
 from qlora_engine.training.memory import GIB
 from qlora_engine.training.methods import apply_method, method_config
 from qlora_engine.training.options import FinetuneOptions
+from qlora_engine.training.parallel import Ranks, training_arguments
 from qlora_engine.training.trainer import QLoRATrainer
 
 
-def load_model(options: FinetuneOptions, folder: Path, device: torch.device, dtype: torch.dtype):
-    """(4-bit model with fresh adapters or another method on it, tokenizer).
+def load_model(options: FinetuneOptions, folder: Path, device: torch.device, dtype: torch.dtype, first: bool = True):
+    """(4-bit model with fresh adapters or another method on it, tokenizer); the first process shows its progress.
 
     Raises:
         UsageError: where the model or the targets do not fit; the library's sentence is kept.
@@ -43,7 +44,7 @@ def load_model(options: FinetuneOptions, folder: Path, device: torch.device, dty
     set_seed(options.seed)  # the adapters' first values
     with as_usage_error():
         tokenizer = AutoTokenizer.from_pretrained(folder)
-        model = load_quantized(folder, config, device=device, dtype=dtype, progress=sys.stderr.isatty())
+        model = load_quantized(folder, config, device=device, dtype=dtype, progress=sys.stderr.isatty() and first)
     apply_method(model, method)
     head = model.get_output_embeddings()
     if isinstance(head, NF4Linear):
@@ -74,6 +75,7 @@ def build_trainer(
     held_out: Rows | None,
     device: torch.device,
     dtype: torch.dtype,
+    ranks: Ranks | None = None,
 ) -> QLoRATrainer:
     """The trainer of a run; building it tokenizes the data.
 
@@ -119,6 +121,8 @@ def build_trainer(
         "disable_tqdm": True,
         "report_to": "none",
     }
+    ranks = ranks or Ranks()
+    settings |= training_arguments(ranks, on_gpu)
     with warnings.catch_warnings():
         # transformers 5.23 renamed gradient_checkpointing; TRL 1.16 still speaks the old name
         warnings.simplefilter("ignore", FutureWarning)
@@ -132,6 +136,7 @@ def build_trainer(
             processing_class=tokenizer,
             optimizer_cls_and_kwargs=_optimizer(options),
             lora_plus=options.lora_plus,
+            ranks=ranks,
         )
     step.set_up(options, trainer, device)
     trainer.remove_callback(PrinterCallback)  # ProgressBar says it better
