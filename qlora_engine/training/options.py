@@ -7,6 +7,7 @@ import dataclasses
 import difflib
 import types
 import typing
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -137,9 +138,11 @@ def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def add_flags(parser: argparse.ArgumentParser) -> None:
-    """Adds one flag for each option. A flag that is not given leaves nothing in the namespace."""
+def add_flags(parser: argparse.ArgumentParser, names: Collection[str] | None = None) -> None:
+    """Adds one flag for each option, or for those of `names`; one not given leaves nothing in the namespace."""
     for spec in dataclasses.fields(FinetuneOptions):
+        if names is not None and spec.name not in names:
+            continue
         kind, many, _ = _kind(spec)
         shown = spec.default if spec.default is not dataclasses.MISSING else spec.default_factory()
         shown = " ".join(shown) if many else shown
