@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -216,3 +217,14 @@ def test_out_of_memory_names_what_to_turn(tmp_path):
     assert "With --batch-size" in text
     assert "it fits, if nothing else" in estimator.advice(run, 400 * GIB)
     assert "too large even with" in estimator.advice(run, 2 * GIB)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("index", range(8))
+def test_estimate_is_the_measured_peak(index, monkeypatch):
+    """Two steps of the command's own trainer, as `benchmarks/bench_memory.py` measures them."""
+    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "benchmarks")
+    import bench_memory
+
+    row = bench_memory.measure(bench_memory.CASES[index], "cuda")
+    assert row["estimate"] == pytest.approx(row["measured"], rel=bench_memory.BOUND), row
