@@ -8,7 +8,7 @@ import sys
 from qlora_engine.cli.common import Formatter
 from qlora_engine.training.errors import Interrupted, UsageError
 
-COMMANDS = ("finetune", "quantize", "merge", "generate", "convert", "env")
+COMMANDS = ("finetune", "quantize", "merge", "generate", "convert", "estimate", "env", "bench")
 USAGE_EXIT, INTERRUPT_EXIT = 2, 130
 DESCRIPTION = """\
 Fine-tune a large language model on a frozen 4-bit base.

@@ -18,7 +18,7 @@ from qlora_engine.training.data import Rows
 from qlora_engine.training.errors import DataError, UsageError, as_usage_error
 from qlora_engine.training.memory import GIB
 from qlora_engine.training.methods import apply_method, method_config
-from qlora_engine.training.options import FinetuneOptions
+from qlora_engine.training.options import FinetuneOptions, recomputation_policy
 from qlora_engine.training.parallel import Ranks, training_arguments
 from qlora_engine.training.trainer import QLoRATrainer
 
@@ -85,7 +85,7 @@ def build_trainer(
     on_gpu = device.type == "cuda"
     checkpointing = False  # by transformers; `step.set_up` turns on this engine's own
     if step.leaves_recomputation_to_transformers(options, model):
-        checkpointing = step.recomputation_policy(options, on_gpu) != "none"
+        checkpointing = recomputation_policy(options, on_gpu) != "none"
     settings = {
         "output_dir": str(Path(options.output) / CHECKPOINTS),
         "seed": options.seed,
