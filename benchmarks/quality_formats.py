@@ -131,9 +131,9 @@ def _formats() -> list[Format]:
             Format(levels, f"{levels}, {b}", levels=levels, block=b, nested="float32") for b in (32, 64, 128, 256)
         ]
     found += [Format("nf4, LoftQ", f"nf4, LoftQ r={r}", rank=r, branch="loftq") for r in RANKS]
+    found += [Format("nf4, PiSSA", f"nf4, PiSSA r={r}", rank=r, branch="pissa") for r in RANKS]
     often = {"rank": 16, "branch": "loftq", "iterations": 5}
     found.append(Format("nf4, LoftQ, 5 iterations", "nf4, LoftQ r=16, 5 iterations", **often))
-    found += [Format("nf4, PiSSA", f"nf4, PiSSA r={r}", rank=r, branch="pissa") for r in RANKS]
     return found
 
 
