@@ -75,7 +75,7 @@ def backward_of_layer(layer: Layer, step: Step) -> int:
 
 
 def shared_by_layers(model: Architecture, step: Step) -> int:
-    """Token numbers; with padding the mask of all layers, in one byte and in the compute dtype; inputs on their way."""
+    """Token numbers; with padding the mask of all layers, in a byte and in the compute dtype; inputs on their way."""
     mask = step.batch * step.length**2 * (1 + step.element) if step.padded else 0
     moving = 2 * step.tokens * step.element * model.hidden if step.offloaded and step.recomputed else 0
     return step.tokens * 4 * 8 + mask + moving

@@ -63,7 +63,7 @@ def finetune(options: FinetuneOptions) -> FinetuneResult:
     began = time.perf_counter()
     # everything that can be wrong with the input shows before the slow part: TRL's import and the model
     options.check()
-    train_rows, held_out = _load_data(options)
+    train_rows, held_out = load_data(options)
     ranks = parallel.find_ranks(options)
     checkpoint = checkpoints.checkpoint_to_resume(options, ranks.size)
     device = choose_device(ranks.device_name(options.device) if ranks.size > 1 else see_one_gpu(options.device))
@@ -164,7 +164,13 @@ def finetune(options: FinetuneOptions) -> FinetuneResult:
     return FinetuneResult(output, adapter, model, tokenizer, summary)
 
 
-def _load_data(options: FinetuneOptions) -> tuple[data.Rows, data.Rows | None]:
+def load_data(options: FinetuneOptions) -> tuple[data.Rows, data.Rows | None]:
+    """(training rows, held-out rows) that the options name or split off; None where none are held out.
+
+    Raises:
+        OptionError: where an option is for rows of another format.
+        DataError: where the data cannot be read.
+    """
     rows = data.load_rows(options.data)
     for name, wanted, formats in (
         ("--chat", options.chat, ("prompt/completion",)),
