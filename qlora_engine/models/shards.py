@@ -34,6 +34,11 @@ class Shards:
         """Bytes of all files."""
         return sum((self.folder / file).stat().st_size for file in self.files)
 
+    @property
+    def paths(self) -> list[Path]:
+        """Paths of all files."""
+        return [self.folder / file for file in self.files]
+
     def tensors_of(self, file: str) -> Iterator[tuple[str, torch.Tensor]]:
         """Names and tensors of one file, read one at a time.
 

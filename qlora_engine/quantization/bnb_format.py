@@ -67,18 +67,13 @@ def from_bitsandbytes(name: str, packed: torch.Tensor, rest: Mapping[str, torch.
         ValueError: where the tensors do not fit together, or the weight is not NF4, or its levels or scales are
             others than bitsandbytes' own.
     """
-    state = _read_state(name, rest)
-    if state.get("quant_type") != "nf4":
-        raise ValueError(
-            f"{name} is stored as {state.get('quant_type')!r}; only nf4 can be loaded as 4-bit weights here. Load "
-            "the model with bitsandbytes, call its dequantize(), and quantize it with NF4"
-        )
+    state = read_state(name, rest)
     try:
-        shape, blocksize = tuple(int(n) for n in state["shape"]), int(state["blocksize"])
-        dtype, offset = DTYPES[state["dtype"]], state.get("nested_offset")
-        absmax = rest["absmax"]
+        shape = tuple(int(n) for n in state["shape"])
+        dtype, absmax = DTYPES[state["dtype"]], rest["absmax"]
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{name}: its bitsandbytes quant_state is incomplete: {error!r}") from error
+    blocksize, offset = state["blocksize"], state.get("nested_offset")
     packed = packed.contiguous().view(-1).view(torch.uint8)
     blocks = blocks_of(math.prod(shape), blocksize)
     expected = {"weight": math.ceil(math.prod(shape) / 2), "absmax": blocks}
@@ -102,7 +97,15 @@ def from_bitsandbytes(name: str, packed: torch.Tensor, rest: Mapping[str, torch.
     return NF4Weight(packed, absmax.view(-1), nested_absmax, nested_offset, shape, blocksize, dtype)
 
 
-def _read_state(name: str, rest: Mapping[str, torch.Tensor]) -> dict:
+def read_state(name: str, rest: Mapping[str, torch.Tensor]) -> dict:
+    """The settings of a weight in bitsandbytes' files.
+
+    Args:
+        name, rest: as in `from_bitsandbytes`; of the rest, its `quant_state` alone is looked at.
+
+    Raises:
+        ValueError: where there is none, it is not readable, or the weight is not NF4.
+    """
     texts = [tensor for key, tensor in rest.items() if key.startswith(STATE_KEY)]
     if len(texts) != 1:
         raise ValueError(f"{name} has {len(texts)} tensors {STATE_KEY}...; expected one")
@@ -110,8 +113,13 @@ def _read_state(name: str, rest: Mapping[str, torch.Tensor]) -> dict:
         state = json.loads(bytes(texts[0].cpu().tolist()).decode())
     except (UnicodeDecodeError, json.JSONDecodeError, TypeError, ValueError) as error:
         raise ValueError(f"{name}: its bitsandbytes quant_state is not readable JSON: {error}") from error
-    if not isinstance(state, dict):
-        raise ValueError(f"{name}: its bitsandbytes quant_state holds a {type(state).__name__}; expected an object")
+    if not isinstance(state, dict) or not isinstance(state.get("blocksize"), int):
+        raise ValueError(f"{name}: its bitsandbytes quant_state is {state!r}; expected settings with a blocksize")
+    if state.get("quant_type") != "nf4":
+        raise ValueError(
+            f"{name} is stored as {state.get('quant_type')!r}; only nf4 can be loaded as 4-bit weights here. Load "
+            "the model with bitsandbytes, call its dequantize(), and quantize it with NF4"
+        )
     return state
 
 

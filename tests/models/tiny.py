@@ -11,16 +11,19 @@ def llama(seed: int = 0, **options):
 
     torch.manual_seed(seed)
     config = LlamaConfig(
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        vocab_size=VOCABULARY,
-        bos_token_id=1,
-        eos_token_id=2,
-        pad_token_id=0,
-        **{"tie_word_embeddings": False, **options},
+        **{
+            "hidden_size": 64,
+            "intermediate_size": 96,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "vocab_size": VOCABULARY,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+            "pad_token_id": 0,
+            "tie_word_embeddings": False,
+            **options,
+        }
     )
     return LlamaForCausalLM(config)
 
@@ -110,20 +113,22 @@ def qwen3_moe(seed: int = 0, **options):
 
     torch.manual_seed(seed)
     config = Qwen3MoeConfig(
-        hidden_size=64,
-        intermediate_size=96,
-        moe_intermediate_size=48,
-        num_experts=4,
-        num_experts_per_tok=2,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=16,
-        vocab_size=VOCABULARY,
-        bos_token_id=1,
-        eos_token_id=2,
-        pad_token_id=0,
-        **options,
+        **{
+            "hidden_size": 64,
+            "intermediate_size": 96,
+            "moe_intermediate_size": 48,
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "head_dim": 16,
+            "vocab_size": VOCABULARY,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+            "pad_token_id": 0,
+            **options,
+        }
     )
     return Qwen3MoeForCausalLM(config)
 
@@ -134,18 +139,20 @@ def gpt_oss(seed: int = 0, **options):
 
     torch.manual_seed(seed)
     config = GptOssConfig(
-        hidden_size=64,
-        intermediate_size=48,
-        num_local_experts=4,
-        num_experts_per_tok=2,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=16,
-        vocab_size=VOCABULARY,
-        bos_token_id=1,
-        eos_token_id=2,
-        pad_token_id=0,
-        **options,
+        **{
+            "hidden_size": 64,
+            "intermediate_size": 48,
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "head_dim": 16,
+            "vocab_size": VOCABULARY,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+            "pad_token_id": 0,
+            **options,
+        }
     )
     return GptOssForCausalLM(config)

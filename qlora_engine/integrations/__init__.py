@@ -1,0 +1,1 @@
+"""Other libraries' own ways in. Each module imports its library; nothing else of the package imports them."""
