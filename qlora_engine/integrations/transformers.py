@@ -26,9 +26,7 @@ from qlora_engine.integrations.conversions import LoadBitsandbytes, Quantize
 from qlora_engine.models import bnb_checkpoint
 from qlora_engine.models.checkpoint import QUANT_METHOD, quantization_settings
 from qlora_engine.models.config import QLoRAConfig
-from qlora_engine.models.merge import plain_layer
-from qlora_engine.models.prepare import replace_module, shared_places
-from qlora_engine.models.skeleton import empty_modules, find_modules
+from qlora_engine.models.skeleton import decode_modules, empty_modules, find_modules
 from qlora_engine.nn import NF4Experts, NF4Linear, QLoRALinear
 
 logger = logging.get_logger(__name__)
@@ -143,6 +141,11 @@ class NF4Quantizer(HfQuantizer):
             return leaf in module.projections
         return isinstance(module, NF4Linear) and leaf == "weight"
 
+    def param_element_size(self, model: nn.Module, param_name: str, param: torch.Tensor) -> float:
+        """Bytes of an element on its device, by which `device_map="auto"` divides a model."""
+        packed = not self.pre_quantized and self.param_needs_quantization(model, param_name)
+        return 0.5 if packed else param.element_size()
+
     def _process_model_before_weight_loading(self, model: nn.Module, checkpoint_files=None, **options) -> None:
         config = self.quantization_config
         if self._is_own_checkpoint:
@@ -164,6 +167,8 @@ class NF4Quantizer(HfQuantizer):
         for module in model.modules():
             if isinstance(module, NF4Experts):
                 module.gating._is_hf_initialized = True  # it has no weights for transformers to initialise
+        if not self.pre_quantized:
+            _expect_unquantized(model)
         _warn_of_large_rest(model)
 
     def _process_model_after_weight_loading(self, model: nn.Module, **options) -> nn.Module:
@@ -204,17 +209,10 @@ class NF4Quantizer(HfQuantizer):
         return None, {}
 
     def _dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
-        layers = {p: m for p, m in model.named_modules() if isinstance(m, (NF4Linear, NF4Experts))}
-        adapted = [path for path, layer in layers.items() if isinstance(layer, QLoRALinear) and layer.adapters]
+        adapted = [p for p, m in model.named_modules() if isinstance(m, QLoRALinear) and m.adapters]
         if adapted:
             raise ValueError(f"{adapted[0]} has adapters; call qlora_engine.merge, which keeps what they learnt")
-        places = shared_places(model)
-        for path, layer in layers.items():
-            if isinstance(layer, NF4Experts):
-                new = layer.to_experts(dtype)
-            else:
-                new = plain_layer(layer, layer.dequantize(dtype)).train(layer.training)
-            replace_module(model, path, new, places)
+        decode_modules(model, dtype)
         model._weight_conversions = [*(getattr(model, "_weight_conversions", None) or []), *self.set_aside]
         del model.qlora_config
         return model
@@ -241,6 +239,23 @@ def bitsandbytes_config(name_or_path: str | os.PathLike, **options):
     return config
 
 
+def _expect_unquantized(model: nn.Module) -> None:
+    """Weights that are still to be quantized stand in the model with their own shape and dtype.
+
+    transformers 5.17 casts what it reads to the dtype that it finds there, before it is quantized.
+    """
+    for module in model.modules():
+        if isinstance(module, NF4Experts):
+            shapes = {name: (module.num_experts, *shape) for name, shape in module.shapes.items()}
+        elif isinstance(module, NF4Linear):
+            shapes = {"weight": (module.out_features, module.in_features)}
+        else:
+            continue
+        for name, shape in shapes.items():
+            empty = torch.empty(shape, dtype=module.weight_dtype, device="meta")
+            module._parameters[name] = nn.Parameter(empty, requires_grad=False)
+
+
 def _under_own_names(model: nn.Module, modules: dict[str, dict]) -> dict[str, dict]:
     """Layers named as in a file -> as in the model, which may be the file's with a head, or without."""
     known, prefix = {path for path, _ in model.named_modules()}, getattr(model, "base_model_prefix", "")
@@ -264,7 +279,7 @@ def _refuse_tied(model: nn.Module, paths: Sequence[str]) -> None:
 
 def _warn_of_large_rest(model: nn.Module) -> None:
     """Stacked weights that are left in 16 bits must not go unseen: they are most of such a model."""
-    rest = [name for name, p in model.named_parameters() if p.dim() == 3 and p.is_floating_point()]
+    rest = [n for n, p in model.named_parameters() if p.dim() == 3 and not _is_packed(model, n)]
     if rest:
         size = sum(model.get_parameter(name).numel() for name in rest)
         logger.warning(f"{len(rest)} stacked weights with {size:,} elements stay in 16 bits, such as {rest[0]}")

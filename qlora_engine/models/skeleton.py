@@ -1,10 +1,12 @@
-"""Models whose layers are 4-bit ones with no weights yet, on the meta device, for files to be loaded into."""
+"""The layers of whole models: 4-bit ones without weights, for files to be loaded into, and ordinary ones again."""
 
 from collections.abc import Iterable, Mapping
 
+import torch
 from torch import nn
 
 from qlora_engine.models.config import QLoRAConfig
+from qlora_engine.models.merge import plain_layer
 from qlora_engine.models.prepare import replace_module, shared_places
 from qlora_engine.models.targets import check_patterns, find_targets, linear_modules, matches_any
 from qlora_engine.nn.nf4_experts import NF4Experts, expert_projections
@@ -73,3 +75,18 @@ def empty_modules(model: nn.Module, modules: Mapping[str, dict]) -> None:
     places = shared_places(model)
     for path, options in modules.items():
         replace_module(model, path, empty_module(model, path, **options), places)
+
+
+def decode_modules(model: nn.Module, dtype: torch.dtype | None = None) -> None:
+    """Puts ordinary layers and experts with the decoded weights in the place of all 4-bit ones, in place.
+
+    Args:
+        model: the model.
+        dtype: of their weights and biases; default: each layer's before it was quantized.
+    """
+    places = shared_places(model)
+    for path, module in list(model.named_modules()):
+        if isinstance(module, NF4Experts):
+            replace_module(model, path, module.to_experts(dtype), places)
+        elif isinstance(module, NF4Linear):
+            replace_module(model, path, plain_layer(module, module.dequantize(dtype)).train(module.training), places)
