@@ -54,6 +54,10 @@ def assert_equal(ours, theirs):
     torch.testing.assert_close(logits(ours), logits(theirs), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.compat(
+    "Checkpoints",
+    "bitsandbytes' NF4 checkpoints load here: equal weights and logits",
+)
 @pytest.mark.parametrize("double_quant", [True, False])
 @pytest.mark.parametrize("kind", MAKERS)
 def test_theirs_here(kind, double_quant, tmp_path):
@@ -70,6 +74,10 @@ def test_theirs_here(kind, double_quant, tmp_path):
     assert_equal(AutoModel.from_pretrained(tmp_path / "ours"), theirs)
 
 
+@pytest.mark.compat(
+    "Checkpoints",
+    "checkpoints of this package load in bitsandbytes: equal weights and logits",
+)
 @pytest.mark.parametrize("double_quant", [True, False])
 @pytest.mark.parametrize("kind", MAKERS)
 def test_ours_there(kind, double_quant, tmp_path):

@@ -84,6 +84,10 @@ OPTIONS = {
 }
 
 
+@pytest.mark.compat(
+    "PEFT",
+    "`get_peft_model` with LoRA: rsLoRA, DoRA, patterns, biases, `modules_to_save`",
+)
 @pytest.mark.parametrize("case", OPTIONS)
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 def test_forward_and_gradients(kind, case):
@@ -126,6 +130,10 @@ def test_fused_product_runs_where_it_can(monkeypatch):
     assert len(calls) == len(fused(model)) - 1
 
 
+@pytest.mark.compat(
+    "PEFT",
+    "several adapters, mixed batches, weighted sums, deleting",
+)
 def test_several_adapters_and_mixed_batches():
     mine, theirs = pair("llama", config(), config(r=2, use_rslora=True), config(target_modules=["v_proj"]))
     for model in (mine, theirs):
@@ -145,6 +153,10 @@ def test_several_adapters_and_mixed_batches():
     assert_close(logits(mine), logits(theirs))
 
 
+@pytest.mark.compat(
+    "PEFT",
+    "`merge_adapter` into 4 bits, `unmerge_adapter` exactly, DoRA too",
+)
 @pytest.mark.parametrize("options", [{}, {"use_dora": True}, {"bias": "lora_only"}], ids=str)
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 def test_merging_decodes_first_and_comes_back_exactly(kind, options, recwarn):
@@ -172,6 +184,10 @@ def _lora_layers(model):
     return [m for m in model.modules() if isinstance(m, peft.tuners.lora.LoraLayer)]
 
 
+@pytest.mark.compat(
+    "PEFT",
+    "merged export in 16 bits",
+)
 @pytest.mark.parametrize("options", [{}, {"use_dora": True}, {"modules_to_save": ["lm_head"]}], ids=str)
 def test_merging_into_16_bits(options, tmp_path):
     mine, theirs = pair("llama", config(target_modules=["q_proj", "down_proj"], **options))
@@ -199,6 +215,10 @@ def test_refusals():
     assert len(fused(wrapped)) == 14, "nothing was changed"
 
 
+@pytest.mark.compat(
+    "PEFT",
+    "adapter files go both ways: PEFT over 4 bits, PEFT, this package",
+)
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "bert"])
 def test_files_go_both_ways(kind, tmp_path):
     """PEFT over 4 bits, PEFT over ordinary layers, and this package's own adapters read each other's files."""
@@ -229,6 +249,10 @@ def enabled():
     integration.disable()
 
 
+@pytest.mark.compat(
+    "PEFT",
+    "`PeftModel.from_pretrained`, transformers' `load_adapter`",
+)
 def test_enable_reaches_loading_and_transformers(enabled, tmp_path):
     integration.enable()
     mine, _ = pair("llama", config())
@@ -246,6 +270,10 @@ def test_enable_reaches_loading_and_transformers(enabled, tmp_path):
     assert not fused(peft.PeftModel.from_pretrained(packed, tmp_path / "first"))
 
 
+@pytest.mark.compat(
+    "PEFT",
+    "`prepare_model_for_kbit_training`",
+)
 def test_prepare_for_kbit_training_is_harmless():
     mine, _ = bases("llama")
     mine.bfloat16()
@@ -305,6 +333,10 @@ def outputs_of(method):
     return outputs
 
 
+@pytest.mark.compat(
+    "PEFT",
+    "PEFT's other methods that need no weight, such as AdaLoRA, IA3, VeRA, OFT, prompts",
+)
 @pytest.mark.parametrize("method", SAME)
 def test_methods_that_need_no_weight(method):
     assert_close(*outputs_of(method))

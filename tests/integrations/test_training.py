@@ -81,6 +81,10 @@ def trainable(model):
     return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
 
 
+@pytest.mark.compat(
+    "Training",
+    "TRL's SFTTrainer: accumulation, checkpointing with either reentrancy, evaluation, resuming exactly, PagedAdamW",
+)
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_sft_learns_as_over_decoded_weights_and_resumes(reentrant, tiny_chat_model, tmp_path):
     options = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": reentrant}}
@@ -112,6 +116,10 @@ def test_sft_learns_as_over_decoded_weights_and_resumes(reentrant, tiny_chat_mod
         assert torch.equal(tensor, expected[name]), name
 
 
+@pytest.mark.compat(
+    "Training",
+    "SFTTrainer over adapters of this package, without PEFT",
+)
 def test_sft_with_this_packages_own_adapters(tiny_chat_model, tmp_path):
     """A model prepared here, without PEFT, passes the checks of a quantized model."""
     model = qe.prepare(model_of(tiny_chat_model), qe.QLoRAConfig(r=4, alpha=8))
@@ -121,6 +129,10 @@ def test_sft_with_this_packages_own_adapters(tiny_chat_model, tmp_path):
     assert all(not torch.equal(tensor, before[name]) for name, tensor in trainable(model).items() if "lora_B" in name)
 
 
+@pytest.mark.compat(
+    "Training",
+    "TRL's DPOTrainer",
+)
 def test_dpo(tiny_chat_model, tmp_path):
     torch.manual_seed(0)
     rows = [
@@ -141,6 +153,10 @@ def test_dpo(tiny_chat_model, tmp_path):
     assert last < first
 
 
+@pytest.mark.compat(
+    "Training",
+    "an Accelerate loop, in float32 and bfloat16, saving and loading its state",
+)
 @pytest.mark.parametrize("precision", ["no", "bf16"])
 def test_accelerate_loop(precision, tiny_chat_model, tmp_path):
     from accelerate import Accelerator
@@ -180,6 +196,10 @@ def test_accelerate_loop(precision, tiny_chat_model, tmp_path):
         assert torch.equal(tensor, expected[name]), name
 
 
+@pytest.mark.compat(
+    "Training",
+    "autocast in bfloat16 and float16",
+)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_autocast(dtype, tiny_chat_model):
     """The product runs in autocast's dtype; adapters in float32 get gradients in float32 near those without it."""

@@ -36,6 +36,10 @@ def saved(kind, folder, dtype=None, **options):
     return model.eval()
 
 
+@pytest.mark.compat(
+    "Checkpoints",
+    "`from_pretrained`, `save_pretrained`, `dequantize`: Llama, GPT-2, GPT-NeoX, Qwen3-MoE, gpt-oss",
+)
 @pytest.mark.parametrize("kind", MAKERS)
 def test_loads_saves_loads_again_and_decodes(kind, tmp_path):
     model = saved(kind, tmp_path / "plain")
@@ -89,6 +93,10 @@ class LiveBytes(TorchDispatchMode):
         return result
 
 
+@pytest.mark.compat(
+    "Checkpoints",
+    "peak while loading: the 4-bit model and one tensor, experts included",
+)
 @pytest.mark.parametrize(
     ("kind", "options"),
     [
@@ -109,6 +117,10 @@ def test_peak_is_the_4bit_model_and_one_tensor(kind, options, tmp_path):
     assert packed + 2.3 * largest < 0.75 * total
 
 
+@pytest.mark.compat(
+    "Checkpoints",
+    "bfloat16 and float16, other block sizes and scales",
+)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_dtype_and_blocks(dtype, tmp_path):
     model = saved("llama", tmp_path)
@@ -125,6 +137,10 @@ def test_dtype_and_blocks(dtype, tmp_path):
     assert torch.equal(logits(again), logits(loaded))
 
 
+@pytest.mark.compat(
+    "Checkpoints",
+    "`skip_modules`, experts in 4 or 16 bits",
+)
 def test_skip_modules_and_experts(tmp_path):
     saved("qwen3_moe", tmp_path)
     config = qe.NF4Config(skip_modules=["lm_head", "model.layers.0.mlp.experts", "v_proj"])
@@ -140,6 +156,10 @@ def test_skip_modules_and_experts(tmp_path):
         AutoModel.from_pretrained(tmp_path, quantization_config=qe.NF4Config(skip_modules=["no_such"]))
 
 
+@pytest.mark.compat(
+    "Checkpoints",
+    "tied embeddings and head",
+)
 def test_tied_weights(tmp_path):
     saved("llama", tmp_path, tie_word_embeddings=True)
     loaded = AutoModel.from_pretrained(tmp_path, quantization_config=qe.NF4Config())
@@ -152,6 +172,10 @@ def test_tied_weights(tmp_path):
         AutoModel.from_pretrained(tmp_path, quantization_config=qe.NF4Config(skip_modules=["q_proj"]))
 
 
+@pytest.mark.compat(
+    "Checkpoints",
+    "`device_map`: automatic, one device, by module",
+)
 def test_device_maps(tmp_path):
     model = saved("llama", tmp_path)
     expected = logits(qe.quantize_model(model))
@@ -164,6 +188,10 @@ def test_device_maps(tmp_path):
         )
 
 
+@pytest.mark.compat(
+    "Checkpoints",
+    "other heads than language modelling, and adapters of this package on top",
+)
 def test_other_heads_and_later_adapters(tmp_path):
     tiny.bert().save_pretrained(tmp_path)
     loaded = transformers.AutoModelForSequenceClassification.from_pretrained(
