@@ -33,9 +33,12 @@ _HOMES = {
     "unmerge": "qlora_engine.models.merge",
 }
 
-_MODULES = ("functional", "optim", "peft")
+_MODULES = ("functional", "integrations", "optim", "peft")
 
-__all__ = sorted([*_HOMES, *_MODULES])
+# needs transformers, which `from qlora_engine import *` does not
+_OPTIONAL = ("NF4Config",)
+
+__all__ = sorted({*_HOMES, *_MODULES} - {*_OPTIONAL})
 
 
 def __getattr__(name: str):
@@ -49,4 +52,4 @@ def __getattr__(name: str):
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted({*globals(), *__all__, *_OPTIONAL})
