@@ -26,7 +26,8 @@ from qlora_engine.integrations.conversions import LoadBitsandbytes, Quantize
 from qlora_engine.models import bnb_checkpoint
 from qlora_engine.models.checkpoint import QUANT_METHOD, quantization_settings
 from qlora_engine.models.config import QLoRAConfig
-from qlora_engine.models.skeleton import decode_modules, empty_modules, find_modules
+from qlora_engine.models.skeleton import decode_modules, empty_modules
+from qlora_engine.models.targets import find_experts, find_targets
 from qlora_engine.nn import NF4Experts, NF4Linear, QLoRALinear
 
 logger = logging.get_logger(__name__)
@@ -115,11 +116,8 @@ class NF4Quantizer(HfQuantizer):
         return True
 
     def validate_environment(self, *args, device_map=None, **options) -> None:
-        if isinstance(device_map, dict) and "disk" in device_map.values() and not self._is_own_checkpoint:
-            raise ValueError(
-                "a part of the model is to stay on disk, where weights cannot be quantized on their way; map it to "
-                "'cpu', or load and save the model once, and load what was saved"
-            )
+        if isinstance(device_map, dict) and "disk" in device_map.values():
+            raise ValueError("a part of the model is to stay on disk, which 4-bit weights cannot; map it to 'cpu'")
 
     @property
     def _is_own_checkpoint(self) -> bool:
@@ -154,7 +152,8 @@ class NF4Quantizer(HfQuantizer):
             modules, _ = bnb_checkpoint.read_layers(checkpoint_files or [])
             modules = _under_own_names(model, modules)
         else:
-            paths = find_modules(model, config.skip_modules, config.experts)
+            wanted = QLoRAConfig(r=0, skip_modules=config.skip_modules, experts=config.experts)
+            paths = [*find_targets(model, wanted)[0], *find_experts(model, wanted)]
             _refuse_tied(model, paths)
             modules = {path: {"blocksize": config.blocksize, "double_quant": config.double_quant} for path in paths}
         unknown = [path for path in modules if path not in dict(model.named_modules())]
@@ -173,7 +172,7 @@ class NF4Quantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: nn.Module, **options) -> nn.Module:
         empty = [name for name, tensor in model.state_dict().items() if _is_packed(model, name) and tensor.is_meta]
-        if empty and "disk" not in getattr(model, "hf_device_map", {}).values():
+        if empty:
             raise ValueError(f"the checkpoint has no weights for {', '.join(empty[:4])}")
         # what transformers would turn back into the layout of the original files cannot be: it is packed
         packed = [name for name in model.state_dict() if _is_packed(model, name)]

@@ -1,48 +1,20 @@
 """The layers of whole models: 4-bit ones without weights, for files to be loaded into, and ordinary ones again."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 import torch
 from torch import nn
 
-from qlora_engine.models.config import QLoRAConfig
 from qlora_engine.models.merge import plain_layer
 from qlora_engine.models.prepare import replace_module, shared_places
-from qlora_engine.models.targets import check_patterns, find_targets, linear_modules, matches_any
+from qlora_engine.models.targets import expert_modules, linear_modules
 from qlora_engine.nn.nf4_experts import NF4Experts, expert_projections
 from qlora_engine.nn.nf4_linear import NF4Linear, is_transposed_linear
-
-
-def expert_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """Paths and modules of stacked experts, in 16 bits (see `nn.nf4_experts`) or 4."""
-    modules = {p: m for p, m in model.named_modules() if isinstance(m, NF4Experts) or expert_projections(m)}
-    inside = {f"{path}.gating" for path, module in modules.items() if isinstance(module, NF4Experts)}
-    return {path: module for path, module in modules.items() if path not in inside}
 
 
 def quantizable(model: nn.Module) -> dict[str, nn.Module]:
     """Paths and modules of all linear layers and stacked experts, quantized ones included."""
     return linear_modules(model) | expert_modules(model)
-
-
-def find_modules(model: nn.Module, skip_modules: Iterable[str] | None = None, experts: bool = True) -> list[str]:
-    """Paths of what is to be stored in 4 bits.
-
-    Args:
-        model: the model.
-        skip_modules: patterns for what stays in 16 bits, experts included, as in `QLoRAConfig`; None: its default.
-        experts: whether stacked experts are quantized at all.
-
-    Raises:
-        TargetError: where a pattern matches nothing, or there is nothing to quantize.
-    """
-    stacked = expert_modules(model)
-    patterns = None if skip_modules is None else list(skip_modules)
-    check_patterns(patterns or (), list(quantizable(model)), "skip_modules")
-    of_linears = patterns and [p for p in patterns if any(matches_any([p], path) for path in linear_modules(model))]
-    paths, _, _ = find_targets(model, QLoRAConfig(r=0, skip_modules=of_linears if patterns else patterns))
-    kept = [path for path in stacked if not experts or matches_any(patterns or (), path)]
-    return [*paths, *(path for path in stacked if path not in kept)]
 
 
 def empty_module(model: nn.Module, path: str, blocksize: int, double_quant: bool) -> nn.Module:

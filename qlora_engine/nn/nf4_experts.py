@@ -1,5 +1,6 @@
 """`NF4Experts`: the experts of a mixture-of-experts block with frozen 4-bit weights."""
 
+import copy
 import math
 
 import torch
@@ -93,17 +94,27 @@ class NF4Experts(nn.Module):
         self.register_buffer(f"{name}_nested_offset", empty(E, dtype=torch.float32) if nested else None)
 
     @classmethod
-    def from_experts(cls, experts: nn.Module, *, blocksize: int = 64, double_quant: bool = True, scales="absmax"):
+    def from_experts(
+        cls,
+        experts: nn.Module,
+        *,
+        blocksize: int = 64,
+        double_quant: bool = True,
+        scales: str = "absmax",
+        device: torch.device | str | None = None,
+    ) -> "NF4Experts":
         """Quantizes a module of experts; its 16-bit weights are released.
 
         Args:
             experts, blocksize, double_quant: as above.
             scales: how the scales are found, as in `qlora_engine.quantize`.
+            device: where to quantize and keep the weights; default: where they are.
         """
         weights = {name: experts._parameters[name].detach() for name in expert_projections(experts)}
         module = cls(experts, blocksize=blocksize, double_quant=double_quant)
         for name in module.projections:
-            module.set_weights(name, weights.pop(name), scales)
+            weight = weights.pop(name)
+            module.set_weights(name, weight if device is None else weight.to(device), scales)
         return module
 
     def set_weights(self, name: str, weights: torch.Tensor, scales: str = "absmax") -> None:
@@ -149,13 +160,19 @@ class NF4Experts(nn.Module):
         return stacked.transpose(1, 2).contiguous() if self.is_transposed else stacked
 
     def to_experts(self, dtype: torch.dtype | None = None) -> nn.Module:
-        """The module that was replaced, with its decoded weights; this one must not be used afterwards."""
-        experts = self.gating
+        """The module that was replaced, with its decoded weights and biases.
+
+        Args:
+            dtype: theirs; default: that of the weights before.
+        """
+        experts = copy.copy(self.gating)
+        experts._parameters = dict(self.gating._parameters)
         for name in self.projections:
             experts._parameters[name] = nn.Parameter(self.dequantize(name, dtype), requires_grad=False)
             bias = self._parameters[f"{name}_bias"]
             if bias is not None:
-                experts._parameters[f"{name}_bias"] = nn.Parameter(bias.detach().to(dtype), requires_grad=False)
+                bias = bias.detach() if dtype is None else bias.detach().to(dtype)
+                experts._parameters[f"{name}_bias"] = nn.Parameter(bias, requires_grad=False)
         return experts.train(self.training)
 
     def forward(self, hidden: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
