@@ -6,7 +6,8 @@ from transformers.core_model_loading import ConversionOps
 from transformers.quantizers.quantizers_utils import get_module_from_name
 
 from qlora_engine.nn import NF4Experts, NF4Linear
-from qlora_engine.quantization.bnb_format import from_bitsandbytes
+from qlora_engine.nn.nf4_linear import is_transposed_linear
+from qlora_engine.quantization.bnb_format import decode_fp4, from_bitsandbytes
 from qlora_engine.quantization.weight import quantize
 
 SCALES = ("absmax", "nested_absmax", "nested_offset")
@@ -46,22 +47,27 @@ class Quantize(_Placing):
 
 
 class LoadBitsandbytes(_Placing):
-    """Puts the parts of a weight in bitsandbytes' format together; a lone weight goes on in the model's dtype."""
+    """Puts the parts of a weight in bitsandbytes' format together.
+
+    NF4 goes into its 4-bit layer as it is; FP4 is decoded; a weight that was not quantized goes on. The latter two
+    have the model's dtype then.
+    """
 
     @torch.no_grad()
     def convert(self, input_dict, *, full_layer_name: str, model: nn.Module, missing_keys=None, **options) -> dict:
         parts = {key: value[0] if isinstance(value, list) else value for key, value in input_dict.items()}
         weight = parts.pop("weight", None)
+        if weight is None:
+            raise ValueError(f"the files lack the packed weight {full_layer_name}")
+        rest = {key.removeprefix("weight."): value for key, value in parts.items()}
         module, leaf = get_module_from_name(model, full_layer_name)
         if isinstance(module, NF4Linear) and leaf == "weight":
-            if weight is None:
-                raise ValueError(f"the files lack the packed weight {full_layer_name}")
-            rest = {key.removeprefix("weight."): value for key, value in parts.items()}
             module.set_nf4_weight(from_bitsandbytes(full_layer_name, weight, rest))
             _mark_loaded(module, full_layer_name, missing_keys)
             return {}
         if parts:
-            raise ValueError(f"{full_layer_name} is in 4 bits in the files, and no such layer in the model")
+            weight = decode_fp4(full_layer_name, weight, rest)
+            weight = weight.T.contiguous() if is_transposed_linear(module) else weight
         return {full_layer_name: weight.to(getattr(module, leaf).dtype)}
 
 

@@ -149,7 +149,12 @@ class NF4Quantizer(HfQuantizer):
         if self._is_own_checkpoint:
             modules = config.modules or {}
         elif self.pre_quantized:
-            modules, _ = bnb_checkpoint.read_layers(checkpoint_files or [])
+            modules, weights = bnb_checkpoint.read_layers(checkpoint_files or [])
+            if len(weights) > len(modules):
+                logger.warning(
+                    f"{len(weights) - len(modules)} layers are FP4, which has no fast product here: they are decoded "
+                    "into ordinary layers. qlora_engine.prepare stores them in NF4, which rounds them once more"
+                )
             modules = _under_own_names(model, modules)
         else:
             wanted = QLoRAConfig(r=0, skip_modules=config.skip_modules, experts=config.experts)
@@ -157,7 +162,7 @@ class NF4Quantizer(HfQuantizer):
             _refuse_tied(model, paths)
             modules = {path: {"blocksize": config.blocksize, "double_quant": config.double_quant} for path in paths}
         unknown = [path for path in modules if path not in dict(model.named_modules())]
-        if unknown or not modules:
+        if unknown or not (modules or self.quantization_config.format == bnb_checkpoint.BNB_METHOD):
             raise ValueError(
                 f"the checkpoint's 4-bit layers do not fit {type(model).__name__}: "
                 f"{f'it has no {unknown[0]}' if unknown else 'none are named'}"
@@ -180,6 +185,10 @@ class NF4Quantizer(HfQuantizer):
         self.set_aside = [change for change in conversions if _acts_on(change, packed)]
         if self.set_aside:
             model._weight_conversions = [change for change in conversions if change not in self.set_aside]
+        if not packed:  # all of it was FP4
+            self.remove_quantization_config(model)
+            model.config._is_quantized = False
+            return model
         self.quantization_config.format = "nf4"
         self.quantization_config.saved = quantization_settings(model)
         model.qlora_config = QLoRAConfig(r=0, skip_modules=None)  # what stayed in 16 bits stays so
@@ -218,7 +227,9 @@ class NF4Quantizer(HfQuantizer):
 
 
 def bitsandbytes_config(name_or_path: str | os.PathLike, **options):
-    """The configuration of a checkpoint in bitsandbytes' NF4 format, changed so that it loads into this package.
+    """The configuration of a 4-bit checkpoint of bitsandbytes, changed so that it loads into this package.
+
+    NF4 layers stay in 4 bits; FP4 ones are decoded into ordinary layers.
 
         AutoModelForCausalLM.from_pretrained(name, config=bitsandbytes_config(name))
 

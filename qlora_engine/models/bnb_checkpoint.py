@@ -62,7 +62,7 @@ def read_layers(files: Iterable[str | os.PathLike]) -> tuple[dict[str, dict], di
         files: safetensors, all of a model.
 
     Returns:
-        layers: path -> blocksize and double_quant.
+        layers: path -> blocksize and double_quant, of NF4 layers.
         weights: name of each 4-bit weight -> what follows it in the names of its other parts.
 
     Raises:
@@ -85,7 +85,7 @@ def read_layers(files: Iterable[str | os.PathLike]) -> tuple[dict[str, dict], di
         except (SafetensorError, OSError) as error:
             raise ValueError(f"{file} cannot be read (damaged, cut short, or no safetensors): {error}") from error
     if not states:
-        raise ValueError("there are no NF4 weights of bitsandbytes in the files; its 8-bit format is not read here")
+        raise ValueError("there are no 4-bit weights of bitsandbytes in the files; its 8-bit format is not read here")
     weights = {weight: {s for s in SUFFIXES if f"{weight}.{s}" in names} for weight in states}
     layers = {
         weight.removesuffix(".weight"): {
@@ -93,6 +93,7 @@ def read_layers(files: Iterable[str | os.PathLike]) -> tuple[dict[str, dict], di
             "double_quant": "nested_absmax" in weights[weight],
         }
         for weight, state in states.items()
+        if state["quant_type"] == "nf4"
     }
     return layers, weights
 

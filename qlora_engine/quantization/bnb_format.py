@@ -17,7 +17,14 @@ from collections.abc import Mapping
 
 import torch
 
-from qlora_engine.quantization.codebook import NESTED_BLOCKSIZE, blocks_of, dynamic_map, level_tensor, nf4_levels
+from qlora_engine.quantization.codebook import (
+    NESTED_BLOCKSIZE,
+    blocks_of,
+    dynamic_map,
+    fp4_levels,
+    level_tensor,
+    nf4_levels,
+)
 from qlora_engine.quantization.weight import NF4Weight
 
 STATE_KEY = "quant_state.bitsandbytes__"
@@ -56,7 +63,7 @@ def to_bitsandbytes(w4: NF4Weight) -> dict[str, torch.Tensor]:
 
 
 def from_bitsandbytes(name: str, packed: torch.Tensor, rest: Mapping[str, torch.Tensor]) -> NF4Weight:
-    """A weight read from bitsandbytes' files; nothing is copied.
+    """An NF4 weight read from bitsandbytes' files; nothing is copied.
 
     Args:
         name: the weight's name, for messages.
@@ -68,6 +75,45 @@ def from_bitsandbytes(name: str, packed: torch.Tensor, rest: Mapping[str, torch.
             others than bitsandbytes' own.
     """
     state = read_state(name, rest)
+    if state["quant_type"] != "nf4":
+        raise ValueError(
+            f"{name} is stored as {state['quant_type']!r}; only nf4 can be loaded as 4-bit weights here. Load fp4, "
+            "decoded, by from_pretrained with qlora_engine.integrations.transformers.bitsandbytes_config"
+        )
+    weight = _read_weight(name, state, packed, rest)
+    _check_levels(name, "quant_map", rest.get("quant_map"), nf4_levels())
+    return weight
+
+
+def decode_fp4(name: str, packed: torch.Tensor, rest: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """The decoded values of an FP4 weight of bitsandbytes' files, in the dtype that was quantized.
+
+    Args:
+        name, packed, rest: as in `from_bitsandbytes`.
+
+    Raises:
+        ValueError: likewise, for FP4.
+    """
+    state = read_state(name, rest)
+    if state["quant_type"] != "fp4":
+        raise ValueError(f"{name} is stored as {state['quant_type']!r}; expected 'fp4'")
+    weight = _read_weight(name, state, packed, rest)
+    levels = rest.get("quant_map")
+    found = None if levels is None or levels.shape != (16,) else torch.unique(levels.float().cpu() + 0.0)
+    _check_levels(name, "quant_map", found, fp4_levels())
+    scales = weight.absmax
+    if weight.double_quant:
+        groups = weight.nested_absmax.repeat_interleave(NESTED_BLOCKSIZE)[: scales.numel()]
+        scales = level_tensor(dynamic_map(), scales.device)[scales.long()] * groups + weight.nested_offset
+    # a byte is two values, the first in its high nibble
+    pairs = torch.stack([levels.float().repeat_interleave(16), levels.float().repeat(16)], dim=1)
+    values = pairs[weight.packed.int()].view(-1)[: math.prod(weight.shape)]
+    values = values * scales.repeat_interleave(weight.blocksize)[: values.numel()]
+    return values.view(weight.shape).to(weight.dtype)
+
+
+def _read_weight(name: str, state: Mapping, packed: torch.Tensor, rest: Mapping[str, torch.Tensor]) -> NF4Weight:
+    """The parts of a weight of either kind, checked but for its levels."""
     try:
         shape = tuple(int(n) for n in state["shape"])
         dtype, absmax = DTYPES[state["dtype"]], rest["absmax"]
@@ -91,7 +137,6 @@ def from_bitsandbytes(name: str, packed: torch.Tensor, rest: Mapping[str, torch.
         _check_levels(name, "nested_quant_map", rest.get("nested_quant_map"), dynamic_map())
     if got != expected:
         raise ValueError(f"{name}: sizes {got} do not fit the shape {list(shape)}; expected {expected}")
-    _check_levels(name, "quant_map", rest.get("quant_map"), nf4_levels())
     if absmax.dtype != (torch.uint8 if nested_absmax is not None else torch.float32):
         raise ValueError(f"{name}: its absmax is {absmax.dtype}; expected uint8 if nested, else float32")
     return NF4Weight(packed, absmax.view(-1), nested_absmax, nested_offset, shape, blocksize, dtype)
@@ -104,7 +149,7 @@ def read_state(name: str, rest: Mapping[str, torch.Tensor]) -> dict:
         name, rest: as in `from_bitsandbytes`; of the rest, its `quant_state` alone is looked at.
 
     Raises:
-        ValueError: where there is none, it is not readable, or the weight is not NF4.
+        ValueError: where there is none, it is not readable, or the weight is neither NF4 nor FP4.
     """
     texts = [tensor for key, tensor in rest.items() if key.startswith(STATE_KEY)]
     if len(texts) != 1:
@@ -115,11 +160,8 @@ def read_state(name: str, rest: Mapping[str, torch.Tensor]) -> dict:
         raise ValueError(f"{name}: its bitsandbytes quant_state is not readable JSON: {error}") from error
     if not isinstance(state, dict) or not isinstance(state.get("blocksize"), int):
         raise ValueError(f"{name}: its bitsandbytes quant_state is {state!r}; expected settings with a blocksize")
-    if state.get("quant_type") != "nf4":
-        raise ValueError(
-            f"{name} is stored as {state.get('quant_type')!r}; only nf4 can be loaded as 4-bit weights here. Load "
-            "the model with bitsandbytes, call its dequantize(), and quantize it with NF4"
-        )
+    if state.get("quant_type") not in ("nf4", "fp4"):
+        raise ValueError(f"{name} is stored as {state.get('quant_type')!r}; expected 'nf4' or 'fp4'")
     return state
 
 

@@ -94,18 +94,37 @@ def test_ours_there(kind, double_quant, tmp_path):
     assert_equal(qe.load_quantized(tmp_path / "quantized", progress=False), theirs)
 
 
+@pytest.mark.compat(
+    "Checkpoints",
+    "bitsandbytes' FP4 checkpoints load here, decoded: equal weights and logits",
+)
+@pytest.mark.parametrize("double_quant", [True, False])
+@pytest.mark.parametrize("kind", MAKERS)
+def test_their_fp4_here(kind, double_quant, tmp_path):
+    MAKERS[kind]().save_pretrained(tmp_path / "plain")
+    theirs = AutoModel.from_pretrained(tmp_path / "plain", quantization_config=config_of_theirs(double_quant, "fp4"))
+    theirs.save_pretrained(tmp_path / "theirs", save_original_format=False)
+    from qlora_engine.integrations.transformers import bitsandbytes_config
+
+    folder = tmp_path / "theirs"
+    ours = AutoModel.from_pretrained(folder, config=bitsandbytes_config(folder))
+    for path, weight in weights(theirs).items():
+        layer = ours.get_submodule(path)
+        assert torch.equal(layer.weight.T if kind == "gpt2" else layer.weight, weight), path
+    torch.testing.assert_close(logits(ours), logits(theirs), rtol=1e-4, atol=1e-5)
+    assert not ours.is_quantized
+    ours.save_pretrained(tmp_path / "ours")
+    assert torch.equal(logits(AutoModel.from_pretrained(tmp_path / "ours")), logits(ours))
+    with pytest.raises(ValueError, match="fp4"):
+        qe.load_quantized(folder, progress=False)
+
+
 def test_errors(tmp_path):
     from qlora_engine.integrations.transformers import bitsandbytes_config
 
     tiny.llama(intermediate_size=128).save_pretrained(tmp_path / "plain")
     with pytest.raises(ValueError, match="not a 4-bit checkpoint"):
         bitsandbytes_config(tmp_path / "plain")
-    fp4 = AutoModel.from_pretrained(tmp_path / "plain", quantization_config=config_of_theirs(kind="fp4"))
-    fp4.save_pretrained(tmp_path / "fp4", save_original_format=False)
-    with pytest.raises(ValueError, match="fp4"):
-        AutoModel.from_pretrained(tmp_path / "fp4", config=bitsandbytes_config(tmp_path / "fp4"))
-    with pytest.raises(ValueError, match="fp4"):
-        qe.load_quantized(tmp_path / "fp4", progress=False)
     tiny.qwen3_moe().save_pretrained(tmp_path / "moe")
     config = qe.NF4Config(save_format="bitsandbytes")
     moe = AutoModel.from_pretrained(tmp_path / "moe", quantization_config=config)

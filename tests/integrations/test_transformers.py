@@ -13,6 +13,9 @@ from qlora_engine.nn import NF4Experts, NF4Linear
 from tests.models import tiny
 
 transformers = pytest.importorskip("transformers")
+
+from qlora_engine.integrations import transformers as integration  # noqa: E402
+
 AutoModel = transformers.AutoModelForCausalLM
 
 MAKERS = {
@@ -135,6 +138,25 @@ def test_dtype_and_blocks(dtype, tmp_path):
     again = AutoModel.from_pretrained(tmp_path / "packed")
     assert again.dtype == dtype
     assert torch.equal(logits(again), logits(loaded))
+
+
+@pytest.mark.compat(
+    "Checkpoints",
+    "many shards with an index, in both formats",
+)
+@pytest.mark.parametrize("save_format", ["qlora_engine", "bitsandbytes"])
+def test_shards(save_format, tmp_path):
+    saved("llama", tmp_path / "plain")
+    config = qe.NF4Config(save_format=save_format)
+    loaded = AutoModel.from_pretrained(tmp_path / "plain", quantization_config=config)
+    loaded.save_pretrained(tmp_path / "packed", max_shard_size="4KB")
+    assert len(list((tmp_path / "packed").glob("*.safetensors"))) > 8
+    assert (tmp_path / "packed" / "model.safetensors.index.json").exists()
+    assert torch.equal(logits(qe.load_quantized(tmp_path / "packed", progress=False)), logits(loaded))
+    options = {}
+    if save_format == "bitsandbytes":
+        options["config"] = integration.bitsandbytes_config(tmp_path / "packed")
+    assert torch.equal(logits(AutoModel.from_pretrained(tmp_path / "packed", **options)), logits(loaded))
 
 
 @pytest.mark.compat(

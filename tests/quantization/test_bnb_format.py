@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import qlora_engine as qe
-from qlora_engine.quantization.bnb_format import from_bitsandbytes, to_bitsandbytes
+from qlora_engine.quantization.bnb_format import decode_fp4, from_bitsandbytes, to_bitsandbytes
 
 functional = pytest.importorskip("bitsandbytes").functional
 
@@ -66,3 +66,16 @@ def test_errors():
     packed, state = functional.quantize_4bit(torch.randn(64, 64), quant_type="fp4")
     with pytest.raises(ValueError, match="fp4"):
         from_bitsandbytes("w", packed, state.as_dict(packed=True))
+    with pytest.raises(ValueError, match="its quant_map"):
+        decode_fp4("w", packed, state.as_dict(packed=True) | {"quant_map": rest["quant_map"]})
+    with pytest.raises(ValueError, match="expected 'fp4'"):
+        decode_fp4("w", packed, rest)
+
+
+@pytest.mark.parametrize("double_quant", [True, False])
+@pytest.mark.parametrize(("shape", "blocksize"), [((64, 192), 64), ((300, 128), 128), ((33, 65), 64)])
+def test_fp4(shape, blocksize, double_quant):
+    packed, state = functional.quantize_4bit(
+        torch.randn(shape).bfloat16(), blocksize=blocksize, compress_statistics=double_quant, quant_type="fp4"
+    )
+    assert torch.equal(decode_fp4("w", packed, state.as_dict(packed=True)), decoded(packed, state))
