@@ -22,10 +22,12 @@ from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import nn
 
 from qlora_engine import functional
+from qlora_engine.integrations.peft_experts import ParamWrapper as FusedExpertsLora
+from qlora_engine.integrations.peft_experts import merged_experts
 from qlora_engine.models.merge import DTYPES, plain_layer
 from qlora_engine.models.prepare import replace_module, shared_places
 from qlora_engine.models.skeleton import decode_modules
-from qlora_engine.nn import NF4Linear
+from qlora_engine.nn import NF4Experts, NF4Linear
 from qlora_engine.quantization.weight import NF4Weight, quantize
 
 # Initialisations in which PEFT changes the base weight, or needs it in 16 bits
@@ -188,12 +190,13 @@ def _is_listened_to(module: nn.Module) -> bool:
 def register(config: PeftConfig) -> PeftConfig:
     """Lets PEFT use `FusedLoraLinear` for 4-bit layers with this configuration, and returns it.
 
-    PEFT does not save that: register a configuration that was loaded again, or call `enable`.
+    For stacked experts that `target_parameters` names, its kin in `peft_experts`. PEFT does not save that: register a
+    configuration that was loaded again, or call `enable`.
 
     >>> config = register(LoraConfig(r=8, target_modules=["q_proj"]))
     """
     if isinstance(config, LoraConfig):
-        config._register_custom_module({NF4Linear: FusedLoraLinear})
+        config._register_custom_module({NF4Linear: FusedLoraLinear, NF4Experts: FusedExpertsLora})
     return config
 
 
@@ -257,6 +260,7 @@ def merge_and_unload(
             if not torch.isfinite(layer.merged_weight(adapter_names).to(DTYPES[into])).all():
                 raise ValueError(f"the merged weight of {path} has NaN or infinity in {into}; nothing was changed")
     places = shared_places(base)
+    _unload_experts(base, DTYPES[into], adapter_names)
     for path, layer in layers.items():
         new = plain_layer(layer.get_base_layer(), layer.merged_weight(adapter_names).to(DTYPES[into]))
         bias = layer.merged_bias(adapter_names)
@@ -270,3 +274,9 @@ def merge_and_unload(
     else:
         decode_modules(merged, DTYPES[into])
     return merged.to(DTYPES[into])
+
+
+def _unload_experts(model: nn.Module, dtype: torch.dtype, names: list[str] | None) -> None:
+    for path, wrapper in [(p, m) for p, m in model.named_modules() if isinstance(m, FusedExpertsLora)]:
+        if not path.endswith(".base_layer"):  # the outermost of nested ones
+            replace_module(model, path, merged_experts(wrapper, dtype, names))

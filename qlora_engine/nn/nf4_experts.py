@@ -1,7 +1,9 @@
 """`NF4Experts`: the experts of a mixture-of-experts block with frozen 4-bit weights."""
 
+import contextlib
 import copy
 import math
+from collections.abc import Iterator
 
 import torch
 from torch import nn
@@ -72,6 +74,7 @@ class NF4Experts(nn.Module):
                     experts.register_parameter(key, None)
             self._register_empty(name)
         self.gating = experts
+        self._adapters: dict[str, tuple] = {}  # of the call that runs, by projection; see `adapted`
         self.train(experts.training)
 
     def _register_empty(self, name: str) -> None:
@@ -204,9 +207,30 @@ class NF4Experts(nn.Module):
             summed = summed.index_add(0, tokens, y.float() * weights.reshape(-1)[places, None].float())
         return summed.to(hidden.dtype)
 
+    @contextlib.contextmanager
+    def adapted(self, name: str, lora_A: torch.Tensor, lora_B: torch.Tensor, scaling: float) -> Iterator[None]:
+        """Within this context a projection has low-rank adapters, one for each expert.
+
+        Args:
+            name: of the projection.
+            lora_A: `[experts, r, in]`.
+            lora_B: `[experts, out, r]`.
+            scaling: factor of their product.
+        """
+        self._adapters[name] = (lora_A.unbind(0), lora_B.unbind(0), scaling)
+        try:
+            yield
+        finally:
+            del self._adapters[name]
+
     def _project(self, x: torch.Tensor, name: str, expert: int) -> torch.Tensor:
         bias = self._parameters[f"{name}_bias"]
-        return functional.nf4_linear(x, self.nf4_weight(name, expert), None if bias is None else bias[expert])
+        bias = None if bias is None else bias[expert]
+        w4 = self.nf4_weight(name, expert)
+        if name not in self._adapters:
+            return functional.nf4_linear(x, w4, bias)
+        A, B, scaling = self._adapters[name]
+        return functional.qlora_linear(x, w4, A[expert], B[expert], scaling, bias)
 
     def _apply(self, fn, recurse=True):
         # as in NF4Linear: a change of dtype must not reach the scales

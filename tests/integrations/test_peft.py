@@ -20,6 +20,8 @@ MAKERS = {
     "llama": tiny.llama,
     "gpt2": lambda: tiny.gpt2(attn_pdrop=0.0, embd_pdrop=0.0, resid_pdrop=0.0),
     "bert": tiny.bert,
+    "qwen3_moe": tiny.qwen3_moe,
+    "gpt_oss": tiny.gpt_oss,
 }
 
 
@@ -199,6 +201,57 @@ def test_merging_into_16_bits(options, tmp_path):
     again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
     assert not getattr(again, "is_quantized", False)
     assert_close(logits(again), expected)
+
+
+EXPERTS = {"target_modules": ["q_proj"], "target_parameters": ["experts.gate_up_proj", "experts.down_proj"]}
+
+
+@pytest.mark.compat(
+    "PEFT",
+    "LoRA on experts in 4 bits (`target_parameters`): gradients, files, merging",
+)
+@pytest.mark.parametrize("kind", ["qwen3_moe", "gpt_oss"])
+def test_adapters_on_experts(kind, tmp_path):
+    mine, theirs = pair(kind, config(**EXPERTS))
+    assert sum(isinstance(m, integration.FusedExpertsLora) for m in mine.modules()) == 4
+    grads = []
+    for model in (mine.train(), theirs.train()):
+        result = logits(model)
+        result.square().sum().backward()
+        grads.append((result, {n: p.grad for n, p in model.named_parameters() if p.requires_grad}))
+    assert_close(grads[0][0], grads[1][0])
+    assert grads[0][1].keys() == grads[1][1].keys()
+    for name, grad in grads[0][1].items():
+        torch.testing.assert_close(grad, grads[1][1][name], rtol=1e-3, atol=1e-4, msg=name)
+    mine.eval()
+    theirs.eval()
+    mine.save_pretrained(tmp_path / "mine", selected_adapters=["first"])
+    theirs.save_pretrained(tmp_path / "theirs", selected_adapters=["first"])
+    expected = logits(theirs)
+    for folder in (tmp_path / "mine" / "first", tmp_path / "theirs" / "first"):
+        packed, plain = bases(kind)
+        assert_close(logits(integration.load(packed, folder)), expected)
+        assert_close(logits(peft.PeftModel.from_pretrained(plain, folder)), expected)
+    with mine.disable_adapter(), theirs.disable_adapter():
+        assert_close(logits(mine), logits(theirs))
+    before = logits(mine)
+    mine.merge_adapter(safe_merge=True)
+    assert (logits(mine) - before).norm() < 0.3 * before.norm()
+    assert not torch.equal(logits(mine), before)
+    mine.unmerge_adapter()
+    assert torch.equal(logits(mine), before)
+    if kind == "gpt_oss":
+        mine.merge_adapter()  # what is exported does not begin at the rounded weights
+    assert_close(logits(integration.merge_and_unload(mine, "fp32")), expected)
+
+
+def test_several_adapters_on_experts():
+    mine, theirs = pair("qwen3_moe", config(**EXPERTS), config(**EXPERTS, r=2, use_rslora=True))
+    for model in (mine, theirs):
+        model.base_model.set_adapter(["first", "other1"])
+    assert_close(logits(mine), logits(theirs))
+    experts = mine.get_base_model().model.layers[0].mlp.experts.get_base_layer()
+    assert not experts._adapters, "nothing of a call is left"
 
 
 def test_refusals():
