@@ -33,7 +33,7 @@ _HOMES = {
     "unmerge": "qlora_engine.models.merge",
 }
 
-_MODULES = ("functional", "integrations", "optim", "peft")
+_MODULES = ("distributed", "functional", "integrations", "optim", "peft")
 
 # needs transformers, which `from qlora_engine import *` does not
 _OPTIONAL = ("NF4Config",)

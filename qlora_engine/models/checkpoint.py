@@ -4,7 +4,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -17,6 +17,7 @@ from qlora_engine.models.files import atomic_directory
 from qlora_engine.models.prepare import prepare, quantize_model, untie
 from qlora_engine.models.shards import Shards, find_shards, resolve_folder
 from qlora_engine.models.skeleton import empty_modules, quantizable
+from qlora_engine.models.streaming import checksums_of, stream
 from qlora_engine.models.targets import find_targets, kept_in_float32
 from qlora_engine.nn.nf4_experts import NF4Experts
 from qlora_engine.nn.nf4_linear import NF4Linear
@@ -67,7 +68,7 @@ def save_quantized(
     with atomic_directory(directory, replaces=WEIGHT_FILES) as folder:
         for file, names in plan.filename_to_tensors.items():
             shard = {name: tensors[name].detach().cpu().contiguous() for name in names}
-            save_file(shard, folder / file, metadata={"format": "pt"})
+            save_file(shard, folder / file, metadata={"format": "pt", **checksums_of(shard)})
         if plan.is_sharded:
             index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
             (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1, sort_keys=True))
@@ -141,8 +142,10 @@ def load_quantized(
     """Loads a model into 4 bits, tensor by tensor: the 16-bit model never exists as a whole.
 
     Reads a folder that `save_quantized` wrote, one in bitsandbytes' NF4 format, or an ordinary one with `config.json`
-    and safetensors, whose linear layers are quantized on `device` as they arrive. Pickled weights are refused:
-    reading them can run code.
+    and safetensors, whose linear layers are quantized on `device` as they arrive: several threads read ahead through
+    page-locked memory, and beside the 4-bit model the device holds two tensors of the files at most. Where
+    `save_quantized` wrote the files their checksums are verified. Pickled weights are refused: reading them can run
+    code.
 
     Args:
         path_or_hub_id: a folder, or a model's name on the Hugging Face hub, which is downloaded.
@@ -294,17 +297,20 @@ def _fill(
 
     expected = set(model.state_dict())
     own_name = _own_names(model, expected)
-    unexpected, filled = [], set()
-    with tqdm(total=shards.nbytes, unit="B", unit_scale=True, desc="loading", disable=not progress) as bar:
-        tensors = _named_tensors(shards)
+    filled = set()
+    parts = {f"{weight}.{suffix}" for weight, suffixes in (weights or {}).items() for suffix in suffixes}
+    stored = shards.tensors()
+    wanted = [tensor for tensor in stored if tensor.name in parts or own_name(tensor.name) in expected]
+    unexpected = sorted({tensor.name for tensor in stored} - {tensor.name for tensor in wanted})
+    nbytes = sum(tensor.nbytes for tensor in wanted)
+    with tqdm(total=nbytes, unit="B", unit_scale=True, desc="loading", disable=not progress) as bar:
+        tensors = stream(wanted, device)
         for name, tensor in bnb_checkpoint.from_bitsandbytes_names(tensors, weights) if weights else tensors:
             own = own_name(name)
-            if own not in expected:
-                unexpected.append(name)
-            else:
-                _assign(model, own, tensor, device, dtype, scales)
-                filled.add(own)
+            _assign(model, own, tensor, device, dtype, scales)
+            filled.add(own)
             bar.update(tensor.nbytes)
+            del tensor  # its memory is the next one's
     model.tie_weights()
     for path, source in sources.items():
         if source in filled and f"{path}.weight" not in filled:
@@ -354,11 +360,6 @@ def _is_ignored(name: str, patterns) -> bool:
     )
 
 
-def _named_tensors(shards: Shards) -> Iterator[tuple[str, torch.Tensor]]:
-    for file in shards.files:
-        yield from shards.tensors_of(file)
-
-
 def _assign(
     model: nn.Module, name: str, tensor: torch.Tensor, device, dtype: torch.dtype | None, scales: str
 ) -> None:
@@ -380,8 +381,6 @@ def _assign(
     if tensor.is_floating_point() and not is_scale:
         wanted = dtype or tensor.dtype
         tensor = tensor.to(torch.float32 if kept_in_float32(model, name, wanted) else wanted)
-    if tensor.device.type == "cpu":
-        tensor = tensor.clone()  # the file's mapping is closed afterwards
     if is_parameter:
         module._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
     else:

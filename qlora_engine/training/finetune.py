@@ -1,5 +1,6 @@
 """The recipe of `qlora finetune`: data, model, training, evaluation, report."""
 
+import contextlib
 import json
 import random
 import time
@@ -9,13 +10,13 @@ from pathlib import Path
 import torch
 
 from qlora_engine.models.files import atomic_write
-from qlora_engine.training import checkpoints, data, memory
+from qlora_engine.training import checkpoints, data, memory, parallel
 from qlora_engine.training.device import choose_device, choose_dtype, see_one_gpu
 from qlora_engine.training.errors import DataError, Interrupted, OptionError, out_of_memory_as_usage_error
 from qlora_engine.training.options import FinetuneOptions
 from qlora_engine.training.source import resolve_model
 
-MEMORY_ADVICE = "Lower --batch-size (and raise --grad-accum), lower --max-length, or pass --gradient-checkpointing on"
+MEMORY_ADVICE = "Lower --batch-size (and raise --grad-accum) or --max-length; or pass --gradient-checkpointing full"
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,8 @@ def finetune(options: FinetuneOptions) -> FinetuneResult:
     """Fine-tunes a model and writes adapter and report into `options.output`.
 
     The 4-bit base is read from `options.model`; checkpoints hold only the adapter and the training state. A run
-    that was interrupted and resumed gives, on a CPU, bit for bit the adapter of one that was not.
+    that was interrupted and resumed gives, on a CPU, bit for bit the adapter of one that was not. In several
+    processes (torchrun, accelerate launch) each gets `batch_size` sequences of a step, and the first writes files.
 
     Raises:
         UsageError: for what the user can put right: data, model, targets, memory, options.
@@ -50,8 +52,9 @@ def finetune(options: FinetuneOptions) -> FinetuneResult:
     # everything that can be wrong with the input shows before the slow part: TRL's import and the model
     options.check()
     train_rows, held_out = _load_data(options)
-    checkpoint = checkpoints.checkpoint_to_resume(options)
-    device = choose_device(see_one_gpu(options.device))
+    ranks = parallel.find_ranks(options)
+    checkpoint = checkpoints.checkpoint_to_resume(options, ranks.size)
+    device = choose_device(ranks.device_name(options.device) if ranks.size > 1 else see_one_gpu(options.device))
     dtype = choose_dtype(options.dtype, device)
     folder = resolve_model(options.model)
     need = memory.estimate(
@@ -71,7 +74,7 @@ def finetune(options: FinetuneOptions) -> FinetuneResult:
 
     methods.method_config(options)  # a mistake in it shows before the model is read
     with out_of_memory_as_usage_error(f"The model needs {need}"):
-        model, tokenizer = load_model(options, folder, device, dtype)
+        model, tokenizer = load_model(options, folder, device, dtype, ranks.first)
     loaded = time.perf_counter()
     if options.chat or train_rows.format == "messages":
         sampling.check_chat_template(tokenizer)
@@ -79,14 +82,18 @@ def finetune(options: FinetuneOptions) -> FinetuneResult:
         train_rows, held_out = data.as_chat(train_rows), held_out and data.as_chat(held_out)
     sizes = model_sizes(model)
     output = Path(options.output)
-    if checkpoint is None:
+    if checkpoint is None and ranks.first:
         checkpoints.begin_run(options)
     metrics = trainer.MetricsLog(
-        output / checkpoints.METRICS_FILE, checkpoints.step_of(checkpoint) if checkpoint else None
+        output / checkpoints.METRICS_FILE, checkpoints.step_of(checkpoint) if checkpoint else None, ranks.first
     )
-    with out_of_memory_as_usage_error(MEMORY_ADVICE), trainer.stop_on_interrupt() as stop:
-        loop = build_trainer(options, model, tokenizer, train_rows, held_out, device, dtype)
-        for callback in (metrics, trainer.ProgressBar(metrics, str(device)), trainer.StopCallback(stop)):
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(out_of_memory_as_usage_error(MEMORY_ADVICE))
+        stop = stack.enter_context(trainer.stop_on_interrupt())
+        loop = build_trainer(options, model, tokenizer, train_rows, held_out, device, dtype, ranks)
+        stack.enter_context(parallel.end_with_peers(ranks, _resume_advice(output)))
+        bar = (trainer.ProgressBar(metrics, str(device)),) if ranks.first else ()
+        for callback in (metrics, *bar, trainer.StopCallback(stop, ranks)):
             loop.add_callback(callback)
         if checkpoint is None:
             methods.choose(loop)
@@ -96,7 +103,7 @@ def finetune(options: FinetuneOptions) -> FinetuneResult:
             return sampling.greedy_samples(model, tokenizer, [prompt for prompt, _ in prompts], options.sample_tokens)
 
         if checkpoint is None:
-            before = _state_before(loop, samples, output / checkpoints.BEFORE_FILE)
+            before = _state_before(loop, samples, output / checkpoints.BEFORE_FILE, ranks)
         else:
             before = json.loads((output / checkpoints.BEFORE_FILE).read_text(encoding="utf-8"))
         loop.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
@@ -113,13 +120,15 @@ def finetune(options: FinetuneOptions) -> FinetuneResult:
         # TRL put its fused head in front of the model's own forward
         model.__dict__.pop("forward", None)
         after = samples()
+        adapter = output / checkpoints.ADAPTER
+        if loop.method is not None and ranks.first:
+            loop.method.save(adapter)
+        elif loop.method is None and (ranks.first or ranks.sharded):
+            save_adapter(model, adapter)
+        ranks.barrier()
 
-    adapter = output / checkpoints.ADAPTER
-    if loop.method is not None:
-        loop.method.save(adapter)
-    else:
-        save_adapter(model, adapter)
-    tokenizer.save_pretrained(adapter)
+    if ranks.first:
+        tokenizer.save_pretrained(adapter)
     summary = report.summarize(
         options=options,
         metrics=metrics,
@@ -137,7 +146,8 @@ def finetune(options: FinetuneOptions) -> FinetuneResult:
         device=device,
         dtype=dtype,
     )
-    report.write(output, summary, metrics.records, report.pair_samples(prompts, before["samples"], after))
+    if ranks.first:
+        report.write(output, summary, metrics.records, report.pair_samples(prompts, before["samples"], after))
     return FinetuneResult(output, adapter, model, tokenizer, summary)
 
 
@@ -165,13 +175,19 @@ def _load_data(options: FinetuneOptions) -> tuple[data.Rows, data.Rows | None]:
     return rows, held_out
 
 
-def _state_before(loop, samples, file: Path) -> dict:
+def _resume_advice(output: Path) -> str:
+    """What to do where the run ends before its time."""
+    return f"Continue from the last checkpoint, if there is one yet, with: {checkpoints.resume_command(output)}"
+
+
+def _state_before(loop, samples, file: Path, ranks: parallel.Ranks) -> dict:
     """Held-out loss (into the metrics) and samples of the model as it came; kept in `file` for a resumed run."""
     if loop.eval_dataset is not None:
         loop.evaluate()
-    before = {"samples": samples()}
-    with atomic_write(file) as temporary:
-        temporary.write_text(json.dumps(before, ensure_ascii=False) + "\n", encoding="utf-8")
+    before = {"samples": samples(), "ranks": ranks.size}
+    if ranks.first:
+        with atomic_write(file) as temporary:
+            temporary.write_text(json.dumps(before, ensure_ascii=False) + "\n", encoding="utf-8")
     return before
 
 

@@ -12,17 +12,19 @@ from qlora_engine.models.checkpoint import load_quantized
 from qlora_engine.models.config import QLoRAConfig
 from qlora_engine.nn import NF4Linear
 from qlora_engine.optim import PagedAdamW
+from qlora_engine.training import step
 from qlora_engine.training.checkpoints import CHECKPOINTS
 from qlora_engine.training.data import Rows
 from qlora_engine.training.errors import DataError, UsageError, as_usage_error
 from qlora_engine.training.memory import GIB
 from qlora_engine.training.methods import apply_method, method_config
 from qlora_engine.training.options import FinetuneOptions
+from qlora_engine.training.parallel import Ranks, training_arguments
 from qlora_engine.training.trainer import QLoRATrainer
 
 
-def load_model(options: FinetuneOptions, folder: Path, device: torch.device, dtype: torch.dtype):
-    """(4-bit model with fresh adapters or another method on it, tokenizer).
+def load_model(options: FinetuneOptions, folder: Path, device: torch.device, dtype: torch.dtype, first: bool = True):
+    """(4-bit model with fresh adapters or another method on it, tokenizer); the first process shows its progress.
 
     Raises:
         UsageError: where the model or the targets do not fit; the library's sentence is kept.
@@ -42,7 +44,7 @@ def load_model(options: FinetuneOptions, folder: Path, device: torch.device, dty
     set_seed(options.seed)  # the adapters' first values
     with as_usage_error():
         tokenizer = AutoTokenizer.from_pretrained(folder)
-        model = load_quantized(folder, config, device=device, dtype=dtype, progress=sys.stderr.isatty())
+        model = load_quantized(folder, config, device=device, dtype=dtype, progress=sys.stderr.isatty() and first)
     apply_method(model, method)
     head = model.get_output_embeddings()
     if isinstance(head, NF4Linear):
@@ -73,6 +75,7 @@ def build_trainer(
     held_out: Rows | None,
     device: torch.device,
     dtype: torch.dtype,
+    ranks: Ranks | None = None,
 ) -> QLoRATrainer:
     """The trainer of a run; building it tokenizes the data.
 
@@ -80,7 +83,9 @@ def build_trainer(
         UsageError: where the data do not fit the tokenizer or the length.
     """
     on_gpu = device.type == "cuda"
-    checkpointing = options.gradient_checkpointing == "on" or (options.gradient_checkpointing == "auto" and on_gpu)
+    checkpointing = False  # by transformers; `step.set_up` turns on this engine's own
+    if step.leaves_recomputation_to_transformers(options, model):
+        checkpointing = step.recomputation_policy(options, on_gpu) != "none"
     settings = {
         "output_dir": str(Path(options.output) / CHECKPOINTS),
         "seed": options.seed,
@@ -116,6 +121,8 @@ def build_trainer(
         "disable_tqdm": True,
         "report_to": "none",
     }
+    ranks = ranks or Ranks()
+    settings |= training_arguments(ranks, on_gpu)
     with warnings.catch_warnings():
         # transformers 5.23 renamed gradient_checkpointing; TRL 1.16 still speaks the old name
         warnings.simplefilter("ignore", FutureWarning)
@@ -129,7 +136,9 @@ def build_trainer(
             processing_class=tokenizer,
             optimizer_cls_and_kwargs=_optimizer(options),
             lora_plus=options.lora_plus,
+            ranks=ranks,
         )
+    step.set_up(options, trainer, device)
     trainer.remove_callback(PrinterCallback)  # ProgressBar says it better
     for name, dataset in (("training", trainer.train_dataset), ("held-out", trainer.eval_dataset)):
         if dataset is not None and len(dataset) == 0:

@@ -16,11 +16,14 @@ from trl import SFTTrainer
 from qlora_engine.models.adapter import load_adapter, save_adapter
 from qlora_engine.models.files import atomic_write
 from qlora_engine.optim import lora_plus_groups
+from qlora_engine.training.loss import causal_lm_loss
 from qlora_engine.training.memory import GIB, peak_memory
 from qlora_engine.training.methods import MethodSteps, load_checkpoint, method_of, save_checkpoint
+from qlora_engine.training.parallel import ParallelTraining, Ranks, agree
+from qlora_engine.training.step import CapturedTraining, TokenCounts
 
 
-class QLoRATrainer(SFTTrainer):
+class QLoRATrainer(ParallelTraining, SFTTrainer):
     """SFTTrainer whose checkpoints hold the adapter, or what another method learnt, and not the model.
 
     A checkpoint folder has the adapter in PEFT's format, optimizer, scheduler, random states and the trainer's
@@ -28,17 +31,23 @@ class QLoRATrainer(SFTTrainer):
 
     Args:
         lora_plus: learning rate of the adapters' B factors over that of everything else.
+        ranks: the processes of the run.
         *args, **kwargs: SFTTrainer's.
     """
 
-    def __init__(self, *args, lora_plus: float = 1.0, **kwargs):
-        self._lora_plus = lora_plus
+    def __init__(self, *args, lora_plus: float = 1.0, ranks: Ranks | None = None, **kwargs):
+        self._lora_plus, self.ranks = lora_plus, ranks or Ranks()
+        self.own_loss = False  # whether the training loss is this engine's chunked one and not TRL's
+        self.captured: CapturedTraining | None = None  # where the steps are CUDA graphs
+        self._counts = TokenCounts()
         super().__init__(*args, **kwargs)
         self.method = method_of(self.model)
         if self.method is not None:
             self.add_callback(MethodSteps(self.method))
 
     def create_optimizer(self, *args, **kwargs):
+        if self.optimizer is None:
+            self.prepare_parallel()
         optimizer, options = self.optimizer_cls_and_kwargs
         decay = {"weight_decay": self.args.weight_decay}
         if self.optimizer is None and self.method is not None:
@@ -49,6 +58,11 @@ class QLoRATrainer(SFTTrainer):
         return super().create_optimizer(*args, **kwargs)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        if self.own_loss and model is self.model and model.training and not return_outputs:
+            with self.accelerator.autocast():
+                own = causal_lm_loss(model, num_items=num_items_in_batch, **inputs)
+            self._counts.add(own, inputs)
+            return own.loss
         found = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         penalty = self.method.penalty() if self.method is not None and model.training else None
         if penalty is None:
@@ -57,10 +71,27 @@ class QLoRATrainer(SFTTrainer):
         share = penalty if num_items_in_batch is None else penalty / self.args.gradient_accumulation_steps
         return (found[0] + share, found[1]) if return_outputs else found + share
 
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        if self.captured is None:
+            return super().training_step(model, inputs, num_items_in_batch)
+        model.train()
+        inputs = self._prepare_inputs(inputs)
+        own = self.captured(inputs, num_items_in_batch)
+        self._counts.add(own, inputs)
+        return own.loss
+
+    def log(self, logs, start_time=None):
+        if self.model.training:
+            for correct, count, real in self._counts.take():
+                self._metrics["train"]["mean_token_accuracy"].append(correct / max(1, count))
+                self._total_train_tokens += real
+                self._metrics["train"]["num_tokens"] = [self._total_train_tokens]
+        super().log(logs, start_time)
+
     def _save(self, output_dir=None, state_dict=None):
         if self.args.should_save and self.method is not None:
             save_checkpoint(self.method, output_dir or self.args.output_dir)
-        elif self.args.should_save:
+        elif self.args.should_save or self.ranks.sharded:  # a sharded one is gathered by all
             save_adapter(self.model, output_dir or self.args.output_dir)
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
@@ -108,11 +139,11 @@ def stop_on_interrupt() -> Iterator[StopRequest]:
 class StopCallback(TrainerCallback):
     """Ends training with a checkpoint after the step in which a stop was asked for."""
 
-    def __init__(self, request: StopRequest):
-        self.request = request
+    def __init__(self, request: StopRequest, ranks: Ranks | None = None):
+        self.request, self.ranks = request, ranks or Ranks()
 
     def on_step_end(self, args, state, control, **kwargs):
-        if self.request.asked and state.global_step < state.max_steps:
+        if agree(self.ranks, self.request.asked) and state.global_step < state.max_steps:
             control.should_save = control.should_training_stop = True
         return control
 
@@ -120,20 +151,26 @@ class StopCallback(TrainerCallback):
 class MetricsLog(TrainerCallback):
     """Appends each step's and each evaluation's figures to metrics.jsonl, so that a crash loses none.
 
+    Args:
+        path: the file.
+        resumed_at: the step that the run goes on from, or None.
+        writes: False keeps the figures, and writes nothing: one process of a run writes.
+
     Attributes:
         records: every figure of the run, those from before a resumption included.
     """
 
     FIGURES = ("loss", "eval_loss", "learning_rate", "grad_norm", "mean_token_accuracy", "eval_mean_token_accuracy")
 
-    def __init__(self, path: Path, resumed_at: int | None):
-        self.path = path
+    def __init__(self, path: Path, resumed_at: int | None, writes: bool = True):
+        self.path, self.writes = path, writes
         self.records: list[dict] = []
         if resumed_at is not None and path.exists():
             written = [json.loads(line) for line in path.read_text().splitlines() if line.strip().endswith("}")]
             self.records = [record for record in written if record["step"] <= resumed_at]
-        with atomic_write(path) as temporary:
-            temporary.write_text("".join(json.dumps(record) + "\n" for record in self.records))
+        if writes:
+            with atomic_write(path) as temporary:
+                temporary.write_text("".join(json.dumps(record) + "\n" for record in self.records))
         last = next((record for record in reversed(self.records) if "tokens" in record), {})
         self.tokens_before, self.seconds_before = last.get("tokens", 0), last.get("train_seconds", 0.0)
         self.tokens, self.seconds = self.tokens_before, self.seconds_before
@@ -154,8 +191,9 @@ class MetricsLog(TrainerCallback):
             self.tokens = self.tokens_before + int(logs.get("num_tokens", 0))
             record |= {"tokens": self.tokens, "train_seconds": round(self.seconds, 3)}
         self.records.append(record)
-        with self.path.open("a") as file:
-            file.write(json.dumps(record) + "\n")
+        if self.writes:
+            with self.path.open("a") as file:
+                file.write(json.dumps(record) + "\n")
 
     @property
     def tokens_per_second(self) -> float:
