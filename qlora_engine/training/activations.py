@@ -5,6 +5,8 @@ Every formula is here. `e` is the bytes of an element of the compute dtype, T th
 kept by a layer        4 norms + e (inputs + 2 queries + 2 keys + mlp_kept + ranks) + 4 heads, times T: normalizations
                        keep their input in float32, attention keeps queries, keys, values, its output and a float32
                        number a head; the MLP keeps gate and up (`adapter_nodes.py`)
+                       (with queries, keys and values in one projection its output as well; attention that is
+                       written out in torch keeps all its scores)
 ... recomputed         e hidden T: its input alone
 backward of a layer    what it keeps, three tensors of its width (its output or the gradient of it, that of the
                        residual stream, that of the MLP's input), what the MLP works in, and a decoded weight
@@ -53,7 +55,9 @@ def kept_by_layer(layer: Layer, step: Step) -> int:
     """What a layer keeps between forward and backward where nothing is recomputed."""
     keys = layer.queries if step.padded else layer.keys
     elements = layer.inputs + 2 * layer.queries + 2 * keys + layer.mlp_kept + layer.ranks
-    return step.tokens * (FLOAT32 * (layer.norms + layer.heads) + step.element * elements)
+    elements += (layer.queries + layer.keys) * layer.packed_attention
+    scores = layer.score * layer.heads * step.length
+    return step.tokens * (FLOAT32 * (layer.norms + layer.heads) + step.element * elements + scores)
 
 
 def kept_by_checkpoint(layer: Layer, step: Step) -> int:
@@ -66,8 +70,9 @@ def backward_of_layer(layer: Layer, step: Step) -> int:
     e, hidden = step.element, layer.hidden
     decoded = e * layer.largest_weight if step.tokens > DECODED_FROM else 0
     through_mlp = step.tokens * e * (3 * hidden + layer.mlp_working) + decoded
-    # what the MLP kept is gone when the gradient comes to its normalization, which has four tensors in float32
-    through_norm = step.tokens * (4 * FLOAT32 * hidden + e * (2 * hidden - layer.mlp_kept))
+    # a normalization has four tensors in float32; unless it is behind it, what the MLP kept is gone by then
+    kept = 0 if layer.norm_after_mlp else layer.mlp_kept
+    through_norm = step.tokens * (4 * FLOAT32 * hidden + e * (2 * hidden - kept))
     return max(through_mlp, through_norm)
 
 

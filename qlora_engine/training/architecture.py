@@ -16,6 +16,11 @@ from qlora_engine.training.source import HUB_ID
 
 # names of the projection that takes what attention computed
 OUTPUT_PROJECTIONS = ("o_proj", "out_proj", "c_proj", "dense", "wo", "o", "proj")
+# and of one projection for queries, keys and values, of which attention then keeps the whole output
+PACKED_ATTENTIONS = ("qkv_proj", "query_key_value", "c_attn", "Wqkv", "qkv")
+# bytes that a score of attention written out in torch keeps: softmax in float32 and the compute dtype; with a cap,
+# its tanh as well
+SCORE_BYTES, CAPPED_SCORE_BYTES = 6, 9
 
 
 @dataclass(frozen=True)
@@ -29,7 +34,10 @@ class Layer:
             attention or the MLP keep anyway.
         queries: width of all query heads, which attention's output has too.
         keys: width of all key heads; the values' as well.
+        packed_attention: whether queries, keys and values are one projection's output.
         heads: query heads.
+        score: bytes that each of attention's scores keeps, length times heads a token; 0 with a fused attention.
+        norm_after_mlp: whether the MLP's output is normalized.
         ranks: of all adapters, one after another.
         mlp_kept: what the MLP keeps for backward besides its input.
         mlp_working: what comes and goes inside the MLP in its backward.
@@ -42,7 +50,10 @@ class Layer:
     inputs: int
     queries: int
     keys: int
+    packed_attention: bool
     heads: int
+    score: int
+    norm_after_mlp: bool
     ranks: int
     mlp_kept: int
     mlp_working: int
@@ -141,13 +152,18 @@ def architecture_of(model: nn.Module, config: QLoRAConfig) -> Architecture:
     text = model.config.get_text_config()
     blocks = _decoder_layers(model, text.num_hidden_layers)
     names = {id(block): path for path, block in model.named_modules()}
-    layers = tuple(_layer(block, names[id(block)], ranks, text) for block in blocks)
+    eager = getattr(model.config, "_attn_implementation", "sdpa") == "eager"
+    layers = tuple(_layer(block, names[id(block)], ranks, text, eager) for block in blocks)
     head = model.get_output_embeddings()
     notes = []
     if saved:
         notes.append("modules_to_save are trained whole, which is not in this estimate")
     if any(layer.mlp_kept == 0 for layer in layers):
         notes.append("some layers have no MLP of a known form; what they keep for backward is not in this estimate")
+    elif not all(_is_gated(block) for block in blocks):
+        notes.append(
+            "the MLPs are not gated ones: what their activations keep is a guess, and may be several times it"
+        )
     return Architecture(
         name=type(model).__name__,
         parameters=parameters,
@@ -186,7 +202,7 @@ def _sizes(linear: nn.Module) -> tuple[int, int]:
     return (rows, columns) if is_transposed_linear(linear) else (columns, rows)
 
 
-def _layer(block: nn.Module, path: str, ranks: Mapping[str, int], text) -> Layer:
+def _layer(block: nn.Module, path: str, ranks: Mapping[str, int], text, eager: bool) -> Layer:
     hidden, heads = text.hidden_size, text.num_attention_heads
     keys = getattr(text, "num_key_value_heads", None) or heads
     width = getattr(text, "head_dim", None) or hidden // heads
@@ -220,7 +236,10 @@ def _layer(block: nn.Module, path: str, ranks: Mapping[str, int], text) -> Layer
         inputs=sum(inputs.values()),
         queries=heads * width,
         keys=keys * width,
+        packed_attention=any(name.rpartition(".")[2] in PACKED_ATTENTIONS for name in linears),
         heads=heads,
+        score=(CAPPED_SCORE_BYTES if getattr(text, "attn_logit_softcapping", None) else SCORE_BYTES) * eager,
+        norm_after_mlp=any(name.startswith(("post_feedforward", "post_mlp")) for name, _ in block.named_children()),
         ranks=sum(adapted.values()),
         mlp_kept=mlp_kept,
         mlp_working=mlp_working,
@@ -238,6 +257,15 @@ def _mlp(own: Mapping[str, nn.Module], gated, with_adapter: set[str]) -> tuple[i
     # the activation keeps what it reads, the product of a gated MLP both factors, an adapter its input
     kept = (3 if gated else 1) * inner + (inner if last in with_adapter else 0)
     return kept, (3 if gated else 2) * inner
+
+
+def _is_gated(block: nn.Module) -> bool:
+    """Whether a layer has an MLP of two projections and a product, by the names of its layers."""
+    for module in block.modules():
+        own = {name for name, child in module.named_children() if is_linear(child)}
+        if any(set(names) <= own for names in (*GATED_MLPS, *PACKED_MLPS)):
+            return True
+    return False
 
 
 def _norm_width(name: str, module: nn.Module, hidden: int, heads: int, keys: int, width: int) -> int:

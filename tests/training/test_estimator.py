@@ -7,7 +7,18 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import init_empty_weights
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 import qlora_engine as qe
 from qlora_engine.models.config import QLoRAConfig
@@ -89,7 +100,17 @@ def test_optimizer_state(bits):
     assert expected <= optimizer.device_bytes <= expected + 256 * len(parameters)
 
 
+def phi3():
+    return Phi3ForCausalLM(Phi3Config(**SMALL, pad_token_id=0)).bfloat16()  # q, k, v in one projection
+
+
+def gemma2():
+    return Gemma2ForCausalLM(Gemma2Config(**SMALL, head_dim=64)).bfloat16()  # attention written out, norms behind
+
+
 CASES = [
+    (phi3, {}),
+    (gemma2, {}),
     (llama, {}),
     (lambda: llama(intermediate_size=384), {}),
     (lambda: llama(num_hidden_layers=6), {"target_modules": ["q_proj", "v_proj"]}),
@@ -106,12 +127,12 @@ def test_activations_are_those_of_a_step(make, settings, recomputed, monkeypatch
     qe.prepare(model, config).train()
     if recomputed:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    ids = torch.randint(0, 500, (4, 256))
+    ids = torch.randint(0, 500, (2, 256))
     with LiveBytes() as live:
         with torch.autocast("cpu", torch.bfloat16):
             loss = model.model(ids).last_hidden_state.sum()
         loss.backward()
-    step = activations.Step(4, 256, recomputed=len(shape.layers) if recomputed else 0)
+    step = activations.Step(2, 256, recomputed=len(shape.layers) if recomputed else 0)
     # the final normalization alone
     monkeypatch.setattr(activations, "loss", lambda model, step: 10 * step.tokens * model.hidden)
     assert activations.peak(shape, step) == pytest.approx(live.peak, rel=0.07)
@@ -228,3 +249,10 @@ def test_estimate_is_the_measured_peak(index, monkeypatch):
 
     row = bench_memory.measure(bench_memory.CASES[index], "cuda")
     assert row["estimate"] == pytest.approx(row["measured"], rel=bench_memory.BOUND), row
+
+
+def test_what_is_not_known_is_said():
+    assert "not gated" in architecture_of(gpt2(), QLoRAConfig()).notes[0]
+    assert architecture_of(llama(), QLoRAConfig()).notes == ()
+    trained_whole = architecture_of(llama(), QLoRAConfig(modules_to_save=["lm_head"]))
+    assert "modules_to_save" in trained_whole.notes[0]
