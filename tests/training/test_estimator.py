@@ -31,8 +31,8 @@ from qlora_engine.training.options import FinetuneOptions
 from tests.training.live_bytes import LiveBytes
 
 SMALL = {
-    "hidden_size": 256,
-    "intermediate_size": 896,
+    "hidden_size": 128,
+    "intermediate_size": 448,
     "num_hidden_layers": 4,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
@@ -54,7 +54,7 @@ def llama(**changes):
 
 
 def qwen3(**changes):
-    return Qwen3ForCausalLM(Qwen3Config(**{**SMALL, "head_dim": 64, **changes})).bfloat16()
+    return Qwen3ForCausalLM(Qwen3Config(**{**SMALL, "head_dim": 32, **changes})).bfloat16()
 
 
 def gpt2():
@@ -63,6 +63,15 @@ def gpt2():
 
 def options(**changes) -> FinetuneOptions:
     return FinetuneOptions(**{"model": "m", "data": "d", **changes}).check()
+
+
+@pytest.fixture
+def one_thread():
+    """Many small operations wait for each other's threads longer than they compute."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
@@ -105,22 +114,22 @@ def phi3():
 
 
 def gemma2():
-    return Gemma2ForCausalLM(Gemma2Config(**SMALL, head_dim=64)).bfloat16()  # attention written out, norms behind
+    return Gemma2ForCausalLM(Gemma2Config(**SMALL, head_dim=32)).bfloat16()  # attention written out, norms behind
 
 
 CASES = [
     (phi3, {}),
     (gemma2, {}),
     (llama, {}),
-    (lambda: llama(intermediate_size=384), {}),
-    (lambda: llama(num_hidden_layers=6), {"target_modules": ["q_proj", "v_proj"]}),
+    (lambda: llama(intermediate_size=192), {}),
+    (llama, {"target_modules": ["q_proj", "v_proj"]}),
     (qwen3, {}),
 ]
 
 
 @pytest.mark.parametrize("recomputed", [False, True])
 @pytest.mark.parametrize(("make", "settings"), CASES)
-def test_activations_are_those_of_a_step(make, settings, recomputed, monkeypatch):
+def test_activations_are_those_of_a_step(make, settings, recomputed, monkeypatch, one_thread):
     """Peak bytes of forward and backward of the layers, counted; the loss is a sum, which takes nothing."""
     model, config = make(), QLoRAConfig(r=2, **settings)
     shape = architecture_of(model, config)
@@ -138,7 +147,7 @@ def test_activations_are_those_of_a_step(make, settings, recomputed, monkeypatch
     assert activations.peak(shape, step) == pytest.approx(live.peak, rel=0.07)
 
 
-def test_what_each_layer_keeps_is_what_autograd_saves():
+def test_what_each_layer_keeps_is_what_autograd_saves(one_thread):
     model, config = llama(), QLoRAConfig(r=4)
     layer = architecture_of(model, config).layers[0]
     qe.prepare(model, config).train()
@@ -241,9 +250,9 @@ def test_out_of_memory_names_what_to_turn(tmp_path):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("index", range(8))
+@pytest.mark.parametrize("index", [1, 6])
 def test_estimate_is_the_measured_peak(index, monkeypatch):
-    """Two steps of the command's own trainer, as `benchmarks/bench_memory.py` measures them."""
+    """Two steps of the command's own trainer, as `benchmarks/bench_memory.py` measures them for more cases."""
     monkeypatch.syspath_prepend(Path(__file__).parents[2] / "benchmarks")
     import bench_memory
 
