@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from qlora_engine.models.config import QLoRAConfig
 from qlora_engine.reference.adamw import EIGHT_BIT_STATE, page_bytes
-from qlora_engine.training import activations
+from qlora_engine.training import activation_bytes
 from qlora_engine.training.architecture import Architecture, read_architecture
 from qlora_engine.training.memory import GIB
 from qlora_engine.training.options import FinetuneOptions, flag
@@ -81,7 +81,7 @@ def estimate(
     layers = len(model.layers)
     if recomputed is None:
         recomputed = 0 if options.gradient_checkpointing == "off" else layers
-    step = activations.Step(
+    step = activation_bytes.Step(
         batch=options.batch_size,
         length=options.max_length,
         element=element,
@@ -94,7 +94,7 @@ def estimate(
     budget = options.optimizer_gpu_gib
     on_device = state if budget is None else min(state, int(budget * GIB))
     rest = element * (model.rest - model.rest_float32) + 4 * model.rest_float32
-    moving = max(activations.peak(model, step), adapters + optimizer_working(model.adapters, options.optimizer))
+    moving = max(activation_bytes.peak(model, step), adapters + optimizer_working(model.adapters, options.optimizer))
     workspace = WORKSPACES * CUBLAS_WORKSPACE
     return Estimate(
         weights=model.quantized,
