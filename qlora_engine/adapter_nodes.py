@@ -5,7 +5,9 @@ parameters. Projections of one x share its reads: their S is one product with th
 mask of dropout serves them all. The gated MLP keeps gate and up besides, and computes h = act(gate) * up again.
 """
 
-from collections.abc import Sequence
+import contextlib
+import threading
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -35,6 +37,27 @@ class Group(NamedTuple):
     dropout_p: float
 
 
+class _Recomputation(threading.local):
+    unread = False
+
+
+_recomputation = _Recomputation()
+
+
+@contextlib.contextmanager
+def unread_mlp_outputs() -> Iterator[None]:
+    """Within this context, on this thread, the outputs of gated MLPs are NaN, and their last product is left out.
+
+    For the recomputation of a layer that adds the MLP's output to something and ends: backward reads what the MLP
+    keeps, and not what it gave.
+    """
+    before, _recomputation.unread = _recomputation.unread, True
+    try:
+        yield
+    finally:
+        _recomputation.unread = before
+
+
 def _split(tensors: Sequence) -> list[Sequence]:
     return [tensors[i : i + TENSORS] for i in range(0, len(tensors), TENSORS)]
 
@@ -43,10 +66,12 @@ def _flat(x: torch.Tensor) -> torch.Tensor:
     return x.reshape(-1, x.shape[-1]).contiguous()
 
 
-def _forward(x, seed, group: Group, tensors) -> tuple[list[torch.Tensor], torch.Tensor]:
-    """The outputs of a group `[M, out]` for x `[M, in]`, and S `[M, sum of ranks]`."""
+def _forward(x, seed, group: Group, tensors, unread: bool = False) -> tuple[list[torch.Tensor], torch.Tensor]:
+    """The outputs of a group `[M, out]` for x `[M, in]`, and S `[M, sum of ranks]`; no outputs if they are unread."""
     projections = _split(tensors)
     S = operator("lora_down", x)(x, [A for A, *_ in projections], 1.0, group.dropout_p, seed)
+    if unread:
+        return [x.new_full((), float("nan")).expand(len(x), member.out_features) for member in group.members], S
     product, add = operator("linear_nf4", x), operator("lora_add", x)
     outputs, first = [], 0
     for (A, B, bias, *weight), member in zip(projections, group.members, strict=True):
@@ -161,7 +186,8 @@ class QLoRAMLP(torch.autograd.Function):
         outputs, S = _forward(flat, first, inner, tensors[:-TENSORS])
         gate, up = _gate_and_up(outputs)
         h = operator("gated_activation", gate)(gate, up, activation)
-        (y,), S_of_h = _forward(h, second, outer, tensors[-TENSORS:])
+        unread = not torch.compiler.is_compiling() and _recomputation.unread
+        (y,), S_of_h = _forward(h, second, outer, tensors[-TENSORS:], unread)
         kept = [t if i % TENSORS != 2 else None for i, t in enumerate(tensors)]
         ctx.save_for_backward(x if x.is_contiguous() else flat, seeds, S, S_of_h, *outputs, *kept)
         ctx.settings, ctx.shape = (inner, outer, activation), x.shape

@@ -10,6 +10,7 @@ import torch
 from triton.runtime import interpreter
 
 from qlora_engine import kernels
+from qlora_engine.kernels.cross_entropy import cross_entropy_
 from qlora_engine.reference import gated as gated_reference
 from qlora_engine.reference import lora as lora_reference
 from tests.numerics import relative_rms
@@ -113,6 +114,22 @@ def gated(activation):
         check(f"gradient of {what}, {activation}, in place", in_place, wanted)
 
 
+def cross_entropy(M, V):
+    logits, labels = torch.randn(M, V + 3)[:, :V] * 3, torch.randint(V, (M,))
+    labels[0] = -100
+    losses, right = filled(M), torch.full((M,), 7, dtype=torch.int32)
+    wide = logits.double().requires_grad_()
+    expected = torch.nn.functional.cross_entropy(wide, labels, ignore_index=-100, reduction="none")
+    expected.sum().backward()
+    for gradient in (False, True):
+        before = logits.clone()
+        cross_entropy_(logits, labels, losses, right, -100, gradient)
+        check(f"cross_entropy M={M} V={V}", losses, expected.detach())
+        check(f"cross_entropy's gradient M={M} V={V}", logits, wide.grad if gradient else before)
+        if not torch.equal(right.bool(), (wide.argmax(1) == labels) & (labels >= 0)):
+            failures.append(f"cross_entropy M={M} V={V}: which are right")
+
+
 def main() -> int:
     accept_one_element_arrays()
     torch.manual_seed(0)
@@ -123,6 +140,8 @@ def main() -> int:
     for activation in gated_reference.ACTIVATIONS:
         gated(activation)
     gated_halves()
+    for shape in ((5, 9000), (3, 37)):
+        cross_entropy(*shape)
     print("\n".join(failures) or "all equal")
     return 1 if failures else 0
 

@@ -6,7 +6,7 @@ import torch
 pytest.importorskip("triton", minversion="3.6")
 
 from qlora_engine import kernels
-from qlora_engine.kernels import gated, launch, lora
+from qlora_engine.kernels import cross_entropy, gated, launch, lora
 from tests.kernels.compiled import compile_launch, record
 
 SHARED_MEMORY = {80: 163 << 10, 90: 227 << 10}  # bytes a block may have
@@ -67,3 +67,14 @@ def test_gated_activation(monkeypatch, activation):
             usage = compile_launch(one, capability)
             assert usage.stack == usage.local == 0
             assert "ld.global.v4" in usage.ptx  # 16 bytes at a time
+
+
+@pytest.mark.parametrize("gradient", [False, True])
+def test_cross_entropy(monkeypatch, gradient):
+    logits, labels = torch.empty(256, 128256, dtype=torch.bfloat16, device="meta"), torch.empty(256, device="meta")
+    rest = labels.long(), labels, labels.int(), -100, gradient
+    (one,) = record(monkeypatch, (cross_entropy,), cross_entropy.cross_entropy_, logits, *rest)
+    for capability in SHARED_MEMORY:
+        usage = compile_launch(one, capability)
+        assert usage.stack == usage.local == 0
+        assert "ld.global.v4" in usage.ptx  # 16 bytes at a time

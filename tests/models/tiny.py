@@ -10,17 +10,15 @@ def llama(seed: int = 0, **options):
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(seed)
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
     config = LlamaConfig(
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
         vocab_size=VOCABULARY,
         bos_token_id=1,
         eos_token_id=2,
         pad_token_id=0,
-        **{"tie_word_embeddings": False, **options},
+        **{**sizes, "tie_word_embeddings": False, **options},
     )
     return LlamaForCausalLM(config)
 

@@ -1,0 +1,213 @@
+"""The loss of a causal language model without its logits: head and cross-entropy in one, a few rows at a time.
+
+With 128,256 words the logits of 8,192 tokens take 2 GiB in 16 bits and 4 GiB in the float32 that cross-entropy wants.
+Here CHUNK_BYTES of them exist at a time, are overwritten with their gradient, and give the gradient of the hidden
+states at once (the idea is that of Liger-Kernel's fused linear cross-entropy). Nothing waits for the GPU, so a step
+can be captured into a CUDA graph.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from qlora_engine import kernels
+from qlora_engine.functional import compute_dtype
+
+CHUNK_BYTES = 128 << 20
+# Rows below which a product with the head is bound by reading the head: an H100 takes as long for fewer
+LEAST_ROWS = 256
+IGNORED = -100  # transformers' label of tokens that do not count
+PROBE_TOKENS = 5
+PROBE_BOUND = 1e-2  # relative RMS: two orders of summation in bfloat16
+
+
+class CausalLoss(NamedTuple):
+    """What a batch gave.
+
+    Attributes:
+        loss: the sum of the tokens' losses over `num_items`, a scalar with a graph.
+        correct: int64 scalar, tokens whose label has the highest logit.
+        count: int64 scalar, tokens that count.
+    """
+
+    loss: torch.Tensor
+    correct: torch.Tensor
+    count: torch.Tensor
+
+
+def _rows_in_torch(logits, labels, losses, correct, ignore_index, gradient):
+    """`kernels.cross_entropy.cross_entropy_` where there is no Triton."""
+    z = logits.float()
+    counts = labels != ignore_index
+    index = labels.where(counts, 0).unsqueeze(1)
+    chosen = z.gather(1, index).squeeze(1)
+    losses.copy_((z.logsumexp(1) - chosen).where(counts, 0))
+    correct.copy_(counts & (chosen >= z.amax(1)))
+    if gradient:
+        p = z.softmax(1).scatter_add_(1, index, torch.full_like(index, -1, dtype=z.dtype))
+        logits.copy_(p.where(counts.unsqueeze(1), 0))
+
+
+def _rows(logits: torch.Tensor):
+    if logits.is_cuda and kernels.why_not() is None:
+        from qlora_engine.kernels.cross_entropy import cross_entropy_
+
+        return cross_entropy_
+    return _rows_in_torch
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    """`apply(hidden, weight, labels, chunk_rows)`: the sum of the losses, float32 [], and correct, int32 [M]."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, labels, chunk_rows):
+        M, dtype = hidden.shape[0], compute_dtype(hidden)
+        wide, matrix = hidden.to(dtype), weight.to(dtype)
+        needs_hidden, needs_weight = ctx.needs_input_grad[:2]
+        losses = torch.empty(M, dtype=torch.float32, device=hidden.device)
+        correct = torch.empty(M, dtype=torch.int32, device=hidden.device)
+        grad_hidden = torch.empty_like(wide) if needs_hidden else None
+        grad_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device) if needs_weight else None
+        storage = wide.new_empty(min(chunk_rows, M), weight.shape[0])
+        rows_of = _rows(storage)
+        for first in range(0, M, chunk_rows):
+            rows = slice(first, min(first + chunk_rows, M))
+            logits = storage[: rows.stop - first]
+            torch.mm(wide[rows], matrix.T, out=logits)
+            rows_of(logits, labels[rows], losses[rows], correct[rows], IGNORED, needs_hidden or needs_weight)
+            if needs_hidden:
+                torch.mm(logits, matrix, out=grad_hidden[rows])
+            if needs_weight:
+                grad_weight += logits.T @ wide[rows]
+        ctx.grads = grad_hidden, grad_weight
+        ctx.dtypes = hidden.dtype, weight.dtype
+        ctx.mark_non_differentiable(correct)
+        return losses.sum(), correct
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad, _):
+        if ctx.grads is None:
+            raise RuntimeError("the chunked loss keeps its gradients for one backward pass; compute it again")
+        grads, ctx.grads = ctx.grads, None
+        scaled = [
+            None if one is None else one.mul_(grad.to(one.dtype)).to(dtype)
+            for one, dtype in zip(grads, ctx.dtypes, strict=True)
+        ]
+        return *scaled, None, None
+
+
+def linear_cross_entropy(
+    hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, chunk_rows: int | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sum of the cross-entropies of `hidden @ weight.T`, whose `[M, V]` logits are never whole in memory.
+
+    Products accumulate in float32 and are rounded to the compute dtype; softmax and losses are float32. The gradients
+    are made in forward and serve one backward pass.
+
+    Args:
+        hidden: float16, bfloat16 or float32 `[M, H]`.
+        weight: `[V, H]`, in the compute dtype or rounded to it.
+        labels: int64 `[M]`; rows with -100 do not count.
+        chunk_rows: rows at a time; default: `rows_at_a_time`.
+
+    Returns:
+        The sum, float32 `[]`, and int32 `[M]`: 1 where no logit is above the label's.
+
+    Raises:
+        ValueError: where the shapes do not fit.
+
+    >>> hidden, weight = torch.randn(6, 8, requires_grad=True), torch.randn(32, 8)
+    >>> total, correct = linear_cross_entropy(hidden, weight, torch.arange(6), chunk_rows=4)
+    >>> bool(torch.isclose(total, torch.nn.functional.cross_entropy(hidden @ weight.T, torch.arange(6)) * 6))
+    True
+    """
+    if (
+        hidden.dim() != 2
+        or weight.dim() != 2
+        or hidden.shape[1] != weight.shape[1]
+        or labels.shape != hidden.shape[:1]
+    ):
+        raise ValueError(
+            f"hidden is {list(hidden.shape)}, weight {list(weight.shape)}, labels {list(labels.shape)}; expected "
+            "[M, H], [V, H] and [M]"
+        )
+    if chunk_rows is None:
+        chunk_rows = rows_at_a_time(hidden.shape[0], weight.shape[0] * compute_dtype(hidden).itemsize)
+    return _LinearCrossEntropy.apply(hidden, weight, labels, chunk_rows)
+
+
+def rows_at_a_time(rows: int, row_bytes: int) -> int:
+    """How many of the rows' logits to hold: what CHUNK_BYTES takes, or half of few rows, not below LEAST_ROWS.
+
+    >>> rows_at_a_time(8192, 2 * 128256), rows_at_a_time(512, 2 * 128256), rows_at_a_time(8, 2 * 128256)
+    (512, 256, 256)
+    """
+    most = CHUNK_BYTES // max(1, row_bytes)
+    most = max(1, most // LEAST_ROWS * LEAST_ROWS or most)
+    half = -(-rows // (2 * LEAST_ROWS)) * LEAST_ROWS
+    return min(most, max(LEAST_ROWS, half))
+
+
+def causal_lm_loss(
+    model: nn.Module,
+    input_ids: torch.Tensor,
+    labels: torch.Tensor,
+    num_items: torch.Tensor | int | None = None,
+    **inputs,
+) -> CausalLoss:
+    """The next-token loss of a transformers model with a language-model head, without its logits.
+
+    As `model(input_ids, labels=labels).loss`: each position predicts the next label.
+
+    Args:
+        model: a model for which `why_no_causal_loss` is None.
+        input_ids: int64 `[B, T]`.
+        labels: int64 `[B, T]`, -100 where a token does not count.
+        num_items: what the sum is divided by; default: the number of tokens that count.
+        inputs: further arguments of the model, such as `attention_mask`.
+    """
+    hidden = decoder_of(model)(input_ids=input_ids, use_cache=False, **inputs).last_hidden_state
+    shifted = nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORED).reshape(-1)
+    head = model.get_output_embeddings()
+    total, correct = linear_cross_entropy(hidden.reshape(-1, hidden.shape[-1]), head.weight, shifted)
+    count = (shifted != IGNORED).sum()
+    items = count if num_items is None else torch.as_tensor(num_items)
+    return CausalLoss(total / items.clamp(min=1), correct.sum(), count)
+
+
+def decoder_of(model: nn.Module) -> nn.Module:
+    """The part of a language model that gives the hidden states its head reads."""
+    return getattr(model, model.base_model_prefix)
+
+
+def why_no_causal_loss(model: nn.Module) -> str | None:
+    """Why `causal_lm_loss` would not be a model's own loss, or None; a few tokens are tried out."""
+    prefix = getattr(model, "base_model_prefix", "")
+    if not prefix or not isinstance(getattr(model, prefix, None), nn.Module):
+        return f"{type(model).__name__} has no decoder under a base_model_prefix"
+    if getattr(model, "loss_type", None) != "ForCausalLM":
+        return f"{type(model).__name__} computes another loss than the next token's"
+    head = model.get_output_embeddings()
+    if type(head) is not nn.Linear or head.bias is not None:
+        return "its head is no plain nn.Linear without a bias"
+    if head._forward_hooks or head._forward_pre_hooks or "forward" in head.__dict__:
+        return "something listens to its head"
+    ids = torch.arange(PROBE_TOKENS, device=head.weight.device).unsqueeze(0) % head.out_features
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        with torch.no_grad():
+            expected = model(input_ids=ids, use_cache=False).logits.float()
+            actual = head(decoder_of(model)(input_ids=ids, use_cache=False).last_hidden_state).float()
+    except Exception as error:  # a forward that takes other arguments
+        return f"a forward of its decoder failed ({' '.join(str(error).split())})"
+    finally:
+        for module in training:
+            module.training = True
+    if actual.shape != expected.shape or not float((actual - expected).norm()) <= PROBE_BOUND * float(
+        expected.norm()
+    ):
+        return "its logits are not the product of the decoder's output with its head"
+    return None

@@ -1,0 +1,102 @@
+import pytest
+import torch
+import torch.nn.functional as F
+
+from qlora_engine.training.loss import IGNORED, causal_lm_loss, linear_cross_entropy, why_no_causal_loss
+from tests.models import tiny
+from tests.numerics import relative_rms
+
+BOUNDS = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}
+
+
+def wide_loss(hidden, weight, labels):
+    """(sum of losses, correct) in float64 from logits rounded as the product leaves them."""
+    logits = hidden @ weight.T
+    counts = labels != IGNORED
+    correct = (logits.argmax(1) == labels) & counts
+    return F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum"), correct
+
+
+@pytest.mark.parametrize("dtype", BOUNDS)
+@pytest.mark.parametrize(
+    ("M", "H", "V", "chunk"), [(37, 24, 131, 8), (5, 64, 5000, None), (1, 8, 3, 4), (64, 16, 96, 64)]
+)
+def test_against_float64(device, dtype, M, H, V, chunk, poisoned_memory):
+    if chunk is None and device == "cpu" and dtype != torch.float32:
+        pytest.skip("the same code as in float32")
+    hidden = torch.randn(M, H, dtype=dtype, device=device).requires_grad_()
+    weight = torch.randn(V, H, dtype=dtype, device=device).requires_grad_()
+    labels = torch.randint(V, (M,), device=device)
+    labels[::3] = IGNORED if M > 1 else labels[0]
+    total, correct = linear_cross_entropy(hidden, weight, labels, chunk)
+    (total * 0.5).backward()
+    wide = [t.detach().double().requires_grad_() for t in (hidden, weight)]
+    expected, expected_correct = wide_loss(*wide, labels)
+    (expected * 0.5).backward()
+    assert (
+        abs(float(total.detach()) - float(expected.detach())) <= BOUNDS[dtype] * abs(float(expected.detach())) + 1e-6
+    )
+    for actual, one in ((hidden, wide[0]), (weight, wide[1])):
+        assert actual.grad.dtype == dtype
+        assert relative_rms(actual.grad, one.grad) < BOUNDS[dtype]
+    if dtype == torch.float32:
+        assert torch.equal(correct.bool(), expected_correct)
+
+
+def test_repeats_and_takes_no_second_backward(device):
+    hidden = torch.randn(20, 16, device=device, requires_grad=True)
+    weight, labels = torch.randn(50, 16, device=device), torch.randint(50, (20,), device=device)
+    first, second = (linear_cross_entropy(hidden, weight, labels, 7)[0] for _ in range(2))
+    assert torch.equal(first, second)
+    first.backward()
+    with pytest.raises(RuntimeError, match="one backward pass"):
+        first.backward()
+
+
+def test_all_ignored_is_zero(device):
+    hidden = torch.randn(4, 8, device=device, requires_grad=True)
+    labels = torch.full((4,), IGNORED, device=device)
+    total, correct = linear_cross_entropy(hidden, torch.randn(9, 8, device=device), labels)
+    total.backward()
+    assert float(total.detach()) == 0
+    assert int(correct.sum()) == 0
+    assert not hidden.grad.any()
+
+
+def test_wrong_shapes_are_named():
+    with pytest.raises(ValueError, match=r"\[4, 8\], weight \[9, 7\]"):
+        linear_cross_entropy(torch.randn(4, 8), torch.randn(9, 7), torch.zeros(4, dtype=torch.int64))
+
+
+@pytest.mark.parametrize("num_items", [None, 11])
+def test_is_the_models_own_loss(num_items):
+    model = tiny.llama()
+    assert why_no_causal_loss(model) is None
+    ids = torch.randint(tiny.VOCABULARY, (2, 9))
+    labels = ids.clone()
+    labels[0, :4] = IGNORED
+    own = model(input_ids=ids, labels=labels, num_items_in_batch=num_items).loss
+    expected = torch.autograd.grad(own, list(model.parameters()))
+    ours = causal_lm_loss(model, ids, labels, num_items)
+    actual = torch.autograd.grad(ours.loss, list(model.parameters()))
+    assert torch.isclose(ours.loss, own, rtol=1e-5)
+    assert int(ours.count) == 5 + 8  # of nine labels a row, the first predicts none; three more are left out
+    for one, other in zip(actual, expected, strict=True):
+        assert relative_rms(one, other) < 1e-5
+
+
+def test_other_models_are_told_apart():
+    assert "loss" in why_no_causal_loss(tiny.bert())
+    model = tiny.llama()
+    model.lm_head.register_forward_hook(lambda *_: None)
+    assert "listens" in why_no_causal_loss(model)
+    model = tiny.llama()
+    plain = model.forward
+    model.forward = lambda **inputs: scaled(plain(**inputs))
+    assert "not the product" in why_no_causal_loss(model)
+    assert model.training
+
+
+def scaled(outputs):
+    outputs.logits = outputs.logits * 0.5
+    return outputs
