@@ -64,7 +64,7 @@ def test_every_public_name_has_its_place_in_the_api():
 def test_flags_that_the_pages_name_are_flags():
     known = {flag(name) for name in FinetuneOptions.__dataclass_fields__}
     known |= {"--" + f"no-{name[2:]}" for name in known}
-    others = {"--gpu", "--seq", "--padded", "--json", "--config", "--adapter", "--prompt", "--output", "--debug"}
+    others = {"--gpu", "--seq", "--json", "--config", "--adapter", "--prompt", "--output", "--debug"}
     others |= {"--no-build-isolation"}
     for page in (*DOCS.glob("index.md"), DOCS / "memory.md", DOCS / "migrate.md", DOCS / "troubleshooting.md"):
         for found in set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", page.read_text())):

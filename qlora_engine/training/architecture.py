@@ -18,6 +18,14 @@ from qlora_engine.training.source import HUB_ID
 OUTPUT_PROJECTIONS = ("o_proj", "out_proj", "c_proj", "dense", "wo", "o", "proj")
 # and of one projection for queries, keys and values, of which attention then keeps the whole output
 PACKED_ATTENTIONS = ("qkv_proj", "query_key_value", "c_attn", "Wqkv", "qkv")
+# settings of models whose logits are scaled or capped
+LOGIT_CHANGES = (
+    "final_logit_softcapping",
+    "logit_scale",
+    "logits_scaling",
+    "output_multiplier",
+    "lm_head_multiplier",
+)
 # bytes that a score of attention written out in torch keeps: softmax in float32 and the compute dtype; with a cap,
 # its tanh as well
 SCORE_BYTES, CAPPED_SCORE_BYTES = 6, 9
@@ -75,6 +83,8 @@ class Architecture:
         layers: the decoder layers.
         hidden: width of the residual stream.
         vocabulary: rows of the output head.
+        plain_head: whether logits are the product of the last hidden states with the head, and nothing else.
+        fused_attention: whether attention is torch's scaled_dot_product_attention.
         notes: what the estimate does not know of this model.
     """
 
@@ -87,6 +97,8 @@ class Architecture:
     layers: tuple[Layer, ...]
     hidden: int
     vocabulary: int
+    plain_head: bool = True
+    fused_attention: bool = True
     notes: tuple[str, ...] = ()
 
 
@@ -174,8 +186,14 @@ def architecture_of(model: nn.Module, config: QLoRAConfig) -> Architecture:
         layers=layers,
         hidden=text.hidden_size,
         vocabulary=head.weight.shape[0] if head is not None else 0,
+        plain_head=head is not None and head.bias is None and not any(_acts(text, name) for name in LOGIT_CHANGES),
+        fused_attention=not eager,
         notes=tuple(notes),
     )
+
+
+def _acts(text, name: str) -> bool:
+    return getattr(text, name, None) not in (None, 1, 1.0)
 
 
 def packed_bytes(numel: int, config: QLoRAConfig) -> int:

@@ -4,18 +4,23 @@ Allocated bytes are those of `torch.cuda.max_memory_allocated`; `benchmarks/benc
 """
 
 import dataclasses
+import importlib.util
+import math
 from dataclasses import dataclass
 
 from qlora_engine.models.config import QLoRAConfig
 from qlora_engine.reference.adamw import EIGHT_BIT_STATE, page_bytes
 from qlora_engine.training import activation_bytes
+from qlora_engine.training.activations import recomputed_within
 from qlora_engine.training.architecture import Architecture, read_architecture
+from qlora_engine.training.errors import as_usage_error
 from qlora_engine.training.memory import GIB
 from qlora_engine.training.options import FinetuneOptions, flag
+from qlora_engine.training.step import recomputation_policy
 
 MIN_8BIT_SIZE = 4096  # PagedAdamW's default
-CUBLAS_WORKSPACE = 32 << 20  # on a GPU of compute capability 9.0, each of a thread that calls cuBLAS
-WORKSPACES = 2  # the main thread's and autograd's
+# measured on an H100: cuBLAS's memory for each thread that calls it, and what a CUDA graph's pool holds besides
+WORKSPACE, GRAPHS = 128 << 20, 104 << 20
 # what is not torch's: the CUDA context with its kernels, and memory that the allocator holds in pieces
 CONTEXT, FRAGMENTATION = 640 << 20, 0.03
 ELEMENT_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "auto": 2}
@@ -65,37 +70,29 @@ class Estimate:
         return [*named, ("CUDA context, fragments", self.total - sum(size for _, size in named))]
 
 
-def estimate(
-    model: Architecture, options: FinetuneOptions, *, padded: bool = False, recomputed: int | None = None
-) -> Estimate:
+def estimate(model: Architecture, options: FinetuneOptions, *, recomputed: int | None = None) -> Estimate:
     """What a run takes of a GPU.
 
     Args:
         model: read with the quantization and the adapters of `options`: see `architecture_for`.
-        options: of the run; `data` and `output` are not read.
-        padded: whether sequences are padded to the longest of a batch.
-        recomputed: layers whose activations are computed again; default: all, or none with
-            `gradient_checkpointing="off"`.
+        options: of the run with `method="lora"`; `data` and `output` are not read. With `liger="auto"` it has
+            liger-kernel where that is installed here.
+        recomputed: layers whose activations are computed again; default: what `options` ask for.
+
+    Raises:
+        UsageError: where `activation_gib` is less than the layers take with all recomputed.
     """
-    element = ELEMENT_BYTES[options.dtype]
-    layers = len(model.layers)
-    if recomputed is None:
-        recomputed = 0 if options.gradient_checkpointing == "off" else layers
-    step = activation_bytes.Step(
-        batch=options.batch_size,
-        length=options.max_length,
-        element=element,
-        recomputed=min(recomputed, layers),
-        padded=padded and not options.packing,
-        accumulating=options.grad_accum > 1,
-    )
+    step = step_of(model, options)
+    if recomputed is not None:
+        step = dataclasses.replace(step, recomputed=recomputed)
+    element = step.element
     adapters = 4 * sum(model.adapters)
     state = optimizer_bytes(model.adapters, options.optimizer)
     budget = options.optimizer_gpu_gib
     on_device = state if budget is None else min(state, int(budget * GIB))
     rest = element * (model.rest - model.rest_float32) + 4 * model.rest_float32
     moving = max(activation_bytes.peak(model, step), adapters + optimizer_working(model.adapters, options.optimizer))
-    workspace = WORKSPACES * CUBLAS_WORKSPACE
+    workspace = WORKSPACE + GRAPHS * options.cuda_graphs
     return Estimate(
         weights=model.quantized,
         rest=rest,
@@ -107,6 +104,47 @@ def estimate(
         allocated=model.quantized + rest + adapters + on_device + workspace + moving,
         notes=model.notes,
     )
+
+
+def step_of(model: Architecture, options: FinetuneOptions) -> activation_bytes.Step:
+    """The forward and backward pass of a run on a GPU.
+
+    Raises:
+        UsageError: as in `estimate`.
+    """
+    # packed sequences are one row, whose attention takes a mask
+    batch, length = options.batch_size, options.max_length
+    step = activation_bytes.Step(
+        batch=1 if options.packing else batch,
+        length=batch * length if options.packing else length,
+        element=ELEMENT_BYTES[options.dtype],
+        offloaded=options.offload_activations,
+        masked=options.packing and model.fused_attention,
+        own_loss=model.plain_head,
+        liger=options.liger == "on"
+        or (options.liger == "auto" and importlib.util.find_spec("liger_kernel") is not None),
+        accumulating=options.grad_accum > 1,
+    )
+    return dataclasses.replace(step, recomputed=_recomputed(model, options, step))
+
+
+def _recomputed(model: Architecture, options: FinetuneOptions, step: activation_bytes.Step) -> int:
+    """How many layers the options ask to recompute."""
+    layers = len(model.layers)
+    policy = recomputation_policy(options, on_gpu=True)
+    if options.activation_gib is None:
+        return {"none": 0, "full": layers, "selective": layers - 1}[policy]
+    kept, inputs = _of_largest_layer(model, step)
+    with as_usage_error():
+        return recomputed_within(
+            options.activation_gib, layers, step.tokens, kept, inputs, options.offload_activations
+        )
+
+
+def _of_largest_layer(model: Architecture, step: activation_bytes.Step) -> tuple[int, int]:
+    """(bytes a token that a layer keeps, bytes of its input)"""
+    kept = max(activation_bytes.kept_by_layer(layer, step) for layer in model.layers)
+    return kept // step.tokens, step.element * model.hidden
 
 
 def optimizer_bytes(sizes: tuple[int, ...], optimizer: str) -> int:
@@ -153,37 +191,39 @@ class Change:
     total: int
 
 
-def changes(model: Architecture, options: FinetuneOptions, gpu: int, padded: bool = False) -> list[Change]:
+def changes(model: Architecture, options: FinetuneOptions, gpu: int) -> list[Change]:
     """What to turn, one after another, until a run fits; the least harmful first. Empty where it fits.
 
     Args:
-        model, options, padded: as in `estimate`.
+        model, options: as in `estimate`.
         gpu: bytes of the GPU.
     """
     found: list[Change] = []
     changed: dict[str, object] = {}
-    fits = estimate(model, options, padded=padded).total <= gpu
+    fits = estimate(model, options).total <= gpu
     for step in _knobs(options):
         if fits:
             break
-        total = estimate(model, dataclasses.replace(options, **changed | step), padded=padded).total
-        if total < (found[-1].total if found else estimate(model, options, padded=padded).total):
+        total = estimate(model, dataclasses.replace(options, **changed | step)).total
+        if total < (found[-1].total if found else estimate(model, options).total):
             changed |= step
-            found.append(Change(" ".join(f"{flag(name)} {value}" for name, value in changed.items()), total))
+            found.append(Change(_as_flags(changed), total))
             fits = total <= gpu
     return found
 
 
 def _knobs(options: FinetuneOptions):
     """Single changes, in the order in which they are tried."""
-    if options.gradient_checkpointing == "off":
-        yield {"gradient_checkpointing": "on"}
+    if options.gradient_checkpointing in ("off", "none") or options.activation_gib is not None:
+        yield {"gradient_checkpointing": "selective", "activation_gib": None}
     batch, passes = options.batch_size, options.grad_accum
     while batch > 1:
         batch, passes = -(-batch // 2), passes * 2
         yield {"batch_size": batch, "grad_accum": passes}
     if options.optimizer != "paged_adamw_8bit":
         yield {"optimizer": "paged_adamw_8bit"}
+    if not options.cuda_graphs and not options.offload_activations:
+        yield {"offload_activations": True}
     if options.optimizer_gpu_gib != 0:
         yield {"optimizer": "paged_adamw_8bit", "optimizer_gpu_gib": 0}
     length = options.max_length
@@ -192,21 +232,40 @@ def _knobs(options: FinetuneOptions):
         yield {"max_length": length}
 
 
-def largest_batch(model: Architecture, options: FinetuneOptions, gpu: int, padded: bool = False) -> int:
+def _as_flags(changed: dict[str, object]) -> str:
+    words = [
+        flag(name) if value is True else f"{flag(name)} {value}"
+        for name, value in changed.items()
+        if value is not None
+    ]
+    return " ".join(words)
+
+
+def largest_batch(model: Architecture, options: FinetuneOptions, gpu: int) -> int:
     """The most sequences of `options.max_length` a forward pass that fit; 0 where not even one does."""
 
     def fits(batch: int) -> bool:
-        return estimate(model, dataclasses.replace(options, batch_size=batch), padded=padded).total <= gpu
+        return estimate(model, dataclasses.replace(options, batch_size=batch)).total <= gpu
 
     return _largest(fits, 4096)
 
 
-def fewest_recomputed(model: Architecture, options: FinetuneOptions, gpu: int, padded: bool = False) -> int | None:
-    """The fewest layers that must be recomputed for a run to fit; None where all are not enough."""
-    for count in range(len(model.layers) + 1):
-        if estimate(model, options, padded=padded, recomputed=count).total <= gpu:
+def fewest_recomputed(model: Architecture, options: FinetuneOptions, gpu: int) -> int | None:
+    """The fewest layers that must be recomputed for a run to fit; None where all but the last are not enough."""
+    for count in range(len(model.layers)):
+        if estimate(model, options, recomputed=count).total <= gpu:
             return count
     return None
+
+
+def activation_budget(model: Architecture, options: FinetuneOptions, recomputed: int) -> float:
+    """The `activation_gib` with which so many layers are recomputed, in GiB, to two places."""
+    step = step_of(model, dataclasses.replace(options, activation_gib=None))
+    kept, inputs = (size * step.tokens for size in _of_largest_layer(model, step))
+    waiting = 0 if step.offloaded else inputs
+    layers = len(model.layers)
+    least = kept + (layers - 1) * waiting + (layers - 1 - recomputed) * (kept - waiting)
+    return math.ceil(100 * least / GIB) / 100
 
 
 def _largest(fits, limit: int) -> int:
@@ -218,22 +277,21 @@ def _largest(fits, limit: int) -> int:
     return low
 
 
-def advice(options: FinetuneOptions, gpu: int, padded: bool = True) -> str:
+def advice(options: FinetuneOptions, gpu: int) -> str:
     """What an out-of-memory error of a run says: the estimate, and the changes with which it would fit.
 
     Args:
         options: of the run.
         gpu: bytes of the GPU.
-        padded: as in `estimate`.
 
     Raises:
         UsageError: where the model's configuration cannot be read.
     """
     model = architecture_for(options)
-    found = estimate(model, options, padded=padded)
+    found = estimate(model, options)
     parts = ", ".join(f"{name} {size / GIB:.2f}" for name, size in found.rows() if size)
     text = f"By estimate the run takes {found.total / GIB:.1f} GiB ({parts}) of {gpu / GIB:.1f}"
-    turned = changes(model, options, gpu, padded)
+    turned = changes(model, options, gpu)
     if not turned:
         return f"{text}: it fits, if nothing else is on the GPU; see nvidia-smi"
     last = turned[-1]
