@@ -129,11 +129,12 @@ def _cell(value) -> str:
     return str(value)
 
 
-def write_json(path: Path, device: str, rows: list[dict], **more) -> None:
-    """Writes the record of a run: environment, rows, and what else is given."""
+def write_json(path: Path, device: str, rows: list[dict], say: bool = True, **more) -> None:
+    """Writes the record of a run: environment, rows, and what else is given; says where, unless told not to."""
     with atomic_write(path) as temporary:
         temporary.write_text(json.dumps({"environment": environment(device), **more, "rows": rows}, indent=1) + "\n")
-    print(f"wrote {path}")
+    if say:
+        print(f"wrote {path}")
 
 
 def slug(device: str) -> str:

@@ -10,10 +10,12 @@ Quantizes a model to NF4, trains LoRA adapters on it, and writes adapter and rep
 
 The data is .jsonl, .csv, .parquet or a saved `datasets` folder whose rows have `prompt` and `completion`, or
 `messages`, or `text`. Every option is also a key of the YAML file given with --config (with _ for -); flags win.
-Ctrl-C saves a checkpoint; --resume goes on with the same numbers."""
+Ctrl-C saves a checkpoint; --resume goes on with the same numbers. Under torchrun or accelerate launch it trains in
+several processes, each with its GPU; --sharding says whether they share one model."""
 EXAMPLE = """\
   qlora finetune --model HuggingFaceTB/SmolLM2-135M-Instruct --data rows.jsonl --output run --r 16 --epochs 3
-  qlora finetune --config run/options.yaml --resume"""
+  qlora finetune --config run/options.yaml --resume
+  torchrun --nproc-per-node 8 --no-python -- qlora finetune --model MODEL --data rows.jsonl --sharding full"""
 
 
 def add_parser(commands):
@@ -31,9 +33,13 @@ def run(args) -> None:
     options = build_options(given, args.config)
     require(TRAIN_PACKAGES)
     prepare_libraries(options.model, args.debug)
+    from qlora_engine.training import parallel
     from qlora_engine.training.finetune import finetune
 
-    print(closing_text(finetune(options)))
+    text = closing_text(finetune(options))
+    if parallel.is_first():
+        print(text)
+    parallel.leave()
 
 
 def closing_text(result) -> str:

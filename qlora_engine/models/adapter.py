@@ -21,6 +21,7 @@ from qlora_engine.models.peft_format import (
     write_adapter_config,
 )
 from qlora_engine.models.prepare import adapter_layer, own_parameters, remember_saved, saved_modules, shared_places
+from qlora_engine.models.sharding import assign, is_sharded_model, plain_class, wait_for_files, whole, writes_files
 from qlora_engine.nn.nf4_linear import NF4Linear
 from qlora_engine.nn.qlora_linear import DEFAULT_ADAPTER, QLoRALinear
 
@@ -34,7 +35,8 @@ def save_adapter(
     """Saves an adapter in PEFT's file format, which PEFT and servers such as vLLM load.
 
     Modules that are trained whole (`QLoRAConfig.modules_to_save`) are saved with it. The files take the place of
-    older ones when both are complete; other files in the folder stay.
+    older ones when both are complete; other files in the folder stay. A model that is sharded over processes gives
+    the same files: all of them call this, and the first writes.
 
     Args:
         model: a model that `prepare` has been called on.
@@ -49,8 +51,6 @@ def save_adapter(
         ValueError: where the model has no adapters.
         KeyError: where it has none of that name.
     """
-    from safetensors.torch import save_file
-
     model = getattr(model, "_orig_mod", model)  # the names of a compiled model have a prefix
     layers = {path: m for path, m in adapter_layers(model).items() if adapter_name in m.adapters}
     if not layers:
@@ -62,8 +62,17 @@ def save_adapter(
     for path in saved_modules(model):
         for name, tensor in model.get_submodule(path).state_dict().items():
             tensors[f"{PREFIX}{path}.{name}"] = tensor
-    tensors = {name: t.detach().to("cpu", copy=True).contiguous() for name, t in tensors.items()}
-    kind, config = type(model), getattr(model, "config", None)
+    tensors = {name: whole(t.detach()).to("cpu", copy=True).contiguous() for name, t in tensors.items()}
+    if writes_files(model):
+        _write(model, directory, tensors, layers, adapter_name, base_model)
+    wait_for_files(model)
+    return Path(directory)
+
+
+def _write(model, directory, tensors, layers, adapter_name, base_model) -> None:
+    from safetensors.torch import save_file
+
+    kind, config = plain_class(model), getattr(model, "config", None)
     with atomic_files(directory) as folder:
         save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
         write_adapter_config(
@@ -77,7 +86,6 @@ def save_adapter(
             # PEFT must be told which class to wrap where there is no configuration that says so
             auto_mapping=None if config else {"base_model_class": kind.__name__, "parent_library": kind.__module__},
         )
-    return Path(directory)
 
 
 def load_adapter(
@@ -119,22 +127,24 @@ def load_adapter(
         layer = adapter_layer(target, path, places)
         s = settings[path]
         if adapter_name not in layer.adapters:
+            if is_sharded_model(target):
+                raise ValueError(
+                    f"the model is sharded and has no adapter {adapter_name!r}; load the adapter before sharding"
+                )
             layer.add_adapter(adapter_name, r=s.r, alpha=s.alpha, dropout=s.dropout, rslora=s.rslora)
         for held, tensor in ((layer.lora_A, A), (layer.lora_B, B)):
-            with torch.no_grad():
-                held[adapter_name].copy_(tensor)
+            assign(held[adapter_name], tensor)
             held[adapter_name].requires_grad_(trainable)
     set_adapters(target, adapter_name)
     if not config.get("ensure_weight_tying"):
         _untie_saved(target, saved, others)
     own = _tensors_by_name(target)
     for name, tensor in others.items():
-        with torch.no_grad():
-            own[name].copy_(tensor)
+        assign(own[name], tensor)
     for path in saved:
         target.get_submodule(path).requires_grad_(trainable)
     remember_saved(target, getattr(target, "qlora_config", None) or QLoRAConfig(r=0), saved)
-    if target.qlora_config.fused:
+    if target.qlora_config.fused and not is_sharded_model(target):  # sharded layers are grouped, and cannot be probed
         group_layers(target)
     return model
 

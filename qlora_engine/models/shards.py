@@ -5,10 +5,9 @@ import difflib
 import json
 import os
 import re
-from collections.abc import Iterator
 from pathlib import Path
 
-import torch
+from qlora_engine.models.streaming import Stored, stored_tensors
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
@@ -34,30 +33,25 @@ class Shards:
         """Bytes of all files."""
         return sum((self.folder / file).stat().st_size for file in self.files)
 
-    def tensors_of(self, file: str) -> Iterator[tuple[str, torch.Tensor]]:
-        """Names and tensors of one file, read one at a time.
+    @property
+    def paths(self) -> list[Path]:
+        """Paths of all files."""
+        return [self.folder / file for file in self.files]
+
+    def tensors(self) -> list[Stored]:
+        """Every tensor of every file, in the order of their bytes; only headers are read.
 
         Raises:
-            ValueError: names the file, and the tensor, where the file is damaged or lacks it.
+            ValueError: names the file, and the tensor, where a file is damaged, cut short or lacks one.
         """
-        from safetensors import SafetensorError, safe_open
-
-        path = self.folder / file
-        try:
-            opened = safe_open(path, framework="pt")
-        except (SafetensorError, OSError) as error:
-            raise ValueError(f"{path} cannot be read (damaged or cut short): {error}") from error
-        with opened as reader:
-            present = list(reader.keys())
-            missing = sorted(set(self.files[file] or ()) - set(present))
+        found = []
+        for file, expected in self.files.items():
+            held = stored_tensors(self.folder / file)
+            missing = sorted(set(expected or ()) - {tensor.name for tensor in held})
             if missing:
-                raise ValueError(f"{path} lacks the tensor {missing[0]}, which the index says it holds")
-            for name in present:
-                try:
-                    tensor = reader.get_tensor(name)
-                except SafetensorError as error:
-                    raise ValueError(f"{path}: the tensor {name} cannot be read: {error}") from error
-                yield name, tensor
+                raise ValueError(f"{self.folder / file} lacks the tensor {missing[0]}, which the index says it holds")
+            found += held
+        return found
 
 
 def resolve_folder(path_or_hub_id: str | os.PathLike) -> Path:

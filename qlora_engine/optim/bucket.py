@@ -8,6 +8,7 @@ import torch
 from qlora_engine.ops import adamw as ops
 from qlora_engine.optim.arena import Arena
 from qlora_engine.optim.layout import decode_8bit, encode_8bit, flat_view, logical_shape
+from qlora_engine.optim.sharded import is_sharded, local_part, local_state, with_local
 
 
 @dataclass
@@ -17,6 +18,11 @@ class Member:
     param: torch.Tensor
     group: int
     layout: int
+
+    @property
+    def tensor(self) -> torch.Tensor:
+        """What this process holds of the parameter: its part where the parameter is sharded."""
+        return local_part(self.param)
 
 
 class Bucket:
@@ -41,21 +47,21 @@ class Bucket:
         """Adds parameters with zeroed state, and their master copies."""
         first = len(self.members)
         self.members.extend(members)
-        self.arena.extend([m.param.numel() for m in members], [m.layout for m in members])
+        self.arena.extend([m.tensor.numel() for m in members], [m.layout for m in members])
         self.steps = torch.cat([self.steps, torch.zeros(len(members), device=self.device)])
         copies = {i: m for i, m in enumerate(self.members[first:], first) if m.layout & ops.MASTER_COPY}
         if copies:
-            self.load({i: {"master": m.param.detach()} for i, m in copies.items()})
+            self.load({i: {"master": m.tensor.detach()} for i, m in copies.items()})
 
     def gradients(self) -> list[torch.Tensor | None]:
         """Every parameter's gradient as a flat contiguous tensor in the order of the parameter's memory."""
         found: list[torch.Tensor | None] = []
         for member in self.members:
-            param = member.param
-            grad = param.grad
+            grad = member.param.grad
             if grad is None:
                 found.append(None)
                 continue
+            param, grad = member.tensor, local_part(grad)
             if grad.is_sparse:
                 raise RuntimeError("a gradient is sparse; use torch.optim.SparseAdam for its parameter")
             if grad.dtype != param.dtype:
@@ -70,11 +76,11 @@ class Bucket:
         """Every parameter as a flat contiguous tensor that aliases it."""
         known, members = self._flat, self.members
         if len(known) != len(members):
-            self._flat = [flat_view(m.param.detach()) for m in members]
+            self._flat = [flat_view(m.tensor.detach()) for m in members]
             return self._flat
         for i, (flat, member) in enumerate(zip(known, members, strict=True)):
-            if flat.data_ptr() != member.param.data_ptr():
-                known[i] = flat_view(member.param.detach())
+            if flat.data_ptr() != member.tensor.data_ptr():
+                known[i] = flat_view(member.tensor.detach())
         return known
 
     def norm(self, grads: Sequence[torch.Tensor | None]) -> torch.Tensor:
@@ -113,35 +119,38 @@ class Bucket:
         return self._tables[operator][1]
 
     def export(self, decode: bool) -> list[dict[str, torch.Tensor]]:
-        """The state of every parameter in CPU memory, shaped like the parameter.
+        """The state of every parameter in CPU memory, shaped like the parameter; a DTensor where that is one.
 
         Args:
             decode: 8-bit state as float32 exp_avg and exp_avg_sq, and no master copy: torch.optim.AdamW's form. Else
-                exp_avg_codes, exp_avg_absmax, exp_avg_sq_codes, exp_avg_sq_absmax as they are, flat.
+                exp_avg_codes, exp_avg_absmax, exp_avg_sq_codes, exp_avg_sq_absmax as they are, flat; that of a
+                sharded parameter is decoded all the same, as blocks of another number of processes are others.
         """
         exported = []
         parts = self._flat_parts(range(len(self.members)))
         for member, whole, step in zip(self.members, parts, self.steps.tolist(), strict=True):
             state = {"step": torch.tensor(step, dtype=torch.float32)}
+            sharded, param = is_sharded(member.param), member.tensor
             for name in ("exp_avg", "exp_avg_sq"):
                 values = whole.get(name, torch.empty(0))
                 if values.dtype != torch.uint8:
-                    state[name] = logical_shape(values, member.param)
-                elif decode:
+                    state[name] = logical_shape(values, param)
+                elif decode or sharded:
                     signed = name == "exp_avg"
-                    state[name] = logical_shape(decode_8bit(values, whole[f"{name}_absmax"], signed), member.param)
+                    state[name] = logical_shape(decode_8bit(values, whole[f"{name}_absmax"], signed), param)
                 else:
                     state[f"{name}_codes"], state[f"{name}_absmax"] = values, whole[f"{name}_absmax"]
             if "master" in whole and not decode:
-                state["master"] = logical_shape(whole["master"], member.param)
-            exported.append(state)
+                state["master"] = logical_shape(whole["master"], param)
+            exported.append(with_local(state, member.param) if sharded else state)
         return exported
 
     def load(self, states: dict[int, dict[str, torch.Tensor]]) -> None:
         """Overwrites the state of parameters, converting between 32 and 8 bits.
 
         Args:
-            states: for members by index, what `export` gives in either form; what is absent keeps its value, but the
+            states: for members by index, what `export` gives in either form, of a sharded parameter whole or sharded
+                as it is; what is absent keeps its value, but the
                 master copy is that of the parameter where moments come without one.
         """
         if not states:
@@ -168,7 +177,8 @@ class Bucket:
 
 def _parts_of(state: dict[str, torch.Tensor], member: Member) -> dict[str, torch.Tensor]:
     """Flat CPU tensors of the member's layout from a saved state of any layout."""
-    param, parts = member.param, {}
+    param, parts = member.tensor, {}
+    state = local_state(state, member.param)
     for name, signed in (("exp_avg", True), ("exp_avg_sq", False)):
         codes = state.get(f"{name}_codes")
         if codes is not None:

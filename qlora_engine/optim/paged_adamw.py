@@ -11,6 +11,7 @@ from qlora_engine.ops import adamw as ops
 from qlora_engine.optim.arena import check_backend
 from qlora_engine.optim.bucket import Bucket, Member
 from qlora_engine.optim.layout import is_dense
+from qlora_engine.optim.sharded import global_norm, local_part
 
 NONFINITE = ("skip", "raise", "propagate")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -24,6 +25,9 @@ class PagedAdamW(torch.optim.Optimizer):
     host memory that the kernel streams across the bus in place, so that no step waits for memory to migrate (the
     paged optimizer of Dettmers et al. 2023, "QLoRA", section 3, without its page faults). One launch updates
     everything.
+
+    Of parameters that `qlora_engine.distributed.shard`, or torch's `fully_shard`, has sharded, each process keeps and
+    updates the state of its own part; the norm of the gradients is that over all processes.
 
     Args:
         params: parameters or groups of them; float32, float16 or bfloat16. A group may set lr, betas, eps,
@@ -148,8 +152,11 @@ class PagedAdamW(torch.optim.Optimizer):
             raise ValueError(f"bits is {group['bits']}; expected 32 or 8")
         for param in group["params"]:
             if param.dtype not in DTYPES:
-                raise ValueError(f"a parameter is {param.dtype}; expected float32, float16 or bfloat16")
-            if not is_dense(param):
+                raise ValueError(
+                    f"a parameter is {param.dtype}; expected float32, float16 or bfloat16. Of a model with 4-bit "
+                    "weights, give it those that are trained: [p for p in model.parameters() if p.requires_grad]"
+                )
+            if not is_dense(local_part(param)):
                 raise ValueError(
                     f"a parameter of shape {tuple(param.shape)} and strides {param.stride()} has gaps or overlaps in "
                     "memory; expected a dense tensor: call .contiguous() before making it a Parameter"
@@ -226,7 +233,7 @@ class PagedAdamW(torch.optim.Optimizer):
         skip = None if skip is None else skip.float().reshape(())
         if self._nonfinite == "propagate" and self._max_grad_norm is None:
             return multiplier, skip
-        norms = [self._buckets[d].norm(g) for d, g in grads.items() if any(x is not None for x in g)]
+        norms = [global_norm(self._buckets[d], g) for d, g in grads.items() if any(x is not None for x in g)]
         if not norms:
             return multiplier, skip
         norm = norms[0] if len(norms) == 1 else torch.stack([n.to(norms[0].device) for n in norms]).norm()

@@ -17,7 +17,8 @@ BEFORE_FILE = "before.json"
 CHECKPOINTS, ADAPTER = "checkpoints", "adapter"
 STATE_FILE = "trainer_state.json"
 # options that may differ between the beginning of a run and its continuation: they do not change its numbers
-FREE_ON_RESUME = ("output", "save_every", "keep_checkpoints", "samples", "sample_tokens")
+FREE_ON_RESUME = ("output", "save_every", "keep_checkpoints", "samples", "sample_tokens", "sharding")
+BATCH = ("batch_size", "grad_accum")  # with the number of processes they make the sequences of a step
 
 
 def last_checkpoint(output: Path) -> Path | None:
@@ -35,8 +36,12 @@ def step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.rpartition("-")[2])
 
 
-def checkpoint_to_resume(options: FinetuneOptions) -> Path | None:
+def checkpoint_to_resume(options: FinetuneOptions, ranks: int = 1) -> Path | None:
     """The checkpoint that a run begins from; None for a new run. Nothing is written.
+
+    Args:
+        options: the run's.
+        ranks: number of its processes; another number than before goes on with as many sequences a step.
 
     Raises:
         OptionError: where --resume finds no checkpoint or other options, or a run would be overwritten unasked.
@@ -48,7 +53,7 @@ def checkpoint_to_resume(options: FinetuneOptions) -> Path | None:
     if options.resume:
         if checkpoint is None or not (output / OPTIONS_FILE).is_file():
             raise OptionError(f"--resume: there is no checkpoint in {output}; run without --resume to begin")
-        _check_same_run(options, output / OPTIONS_FILE)
+        _check_same_run(options, output / OPTIONS_FILE, ranks)
         return checkpoint
     if not options.overwrite and (checkpoint or (output / ADAPTER).exists()):
         raise OptionError(
@@ -80,20 +85,35 @@ def resume_command(output: Path) -> str:
     return f"qlora finetune --config {shlex.quote(os.fspath(output / OPTIONS_FILE))} --resume"
 
 
-def _check_same_run(options: FinetuneOptions, settings: Path) -> None:
+def _check_same_run(options: FinetuneOptions, settings: Path, ranks: int) -> None:
     import yaml
 
     before = yaml.safe_load(settings.read_text(encoding="utf-8"))
+    ranks_before = json.loads((settings.parent / BEFORE_FILE).read_text(encoding="utf-8")).get("ranks", 1)
+    free = FREE_ON_RESUME
+    if ranks != ranks_before:
+        was, now = (f"{b} x {a} x {n} processes" for b, a, n in _batches(before, ranks_before, options, ranks))
+        if len({b * a * n for b, a, n in _batches(before, ranks_before, options, ranks)}) > 1:
+            raise OptionError(
+                f"--resume: a step had {was} sequences and has {now}; change --batch-size or --grad-accum so that "
+                "there are as many"
+            )
+        free = (*free, *BATCH)
     changed = [
         f"{name} was {value!r} and is {getattr(options, name)!r}"
         for name, value in before.items()
-        if name not in FREE_ON_RESUME and getattr(options, name, None) != value
+        if name not in free and getattr(options, name, None) != value
     ]
     if changed:
         raise OptionError(
             f"--resume: the options are not those of the run in {options.output}: {'; '.join(changed)}; "
             f"continue with `{resume_command(settings.parent)}`"
         )
+
+
+def _batches(before: dict, ranks_before: int, options: FinetuneOptions, ranks: int) -> list[tuple[int, int, int]]:
+    """Batch size, accumulation and processes of the run before, and now."""
+    return [(*(before[name] for name in BATCH), ranks_before), (*(getattr(options, name) for name in BATCH), ranks)]
 
 
 def _is_json(path: Path) -> bool:

@@ -10,13 +10,12 @@ from dataclasses import dataclass
 
 from qlora_engine.models.config import QLoRAConfig
 from qlora_engine.reference.adamw import EIGHT_BIT_STATE, page_bytes
-from qlora_engine.training import activation_bytes
+from qlora_engine.training import activation_memory
 from qlora_engine.training.activations import recomputed_within
 from qlora_engine.training.architecture import Architecture, read_architecture
-from qlora_engine.training.errors import as_usage_error
+from qlora_engine.training.errors import UsageError, as_usage_error
 from qlora_engine.training.memory import GIB
-from qlora_engine.training.options import FinetuneOptions, flag
-from qlora_engine.training.step import recomputation_policy
+from qlora_engine.training.options import FinetuneOptions, flag, recomputation_policy
 
 MIN_8BIT_SIZE = 4096  # PagedAdamW's default
 # measured on an H100: cuBLAS's memory for each thread that calls it, and what a CUDA graph's pool holds besides
@@ -91,7 +90,7 @@ def estimate(model: Architecture, options: FinetuneOptions, *, recomputed: int |
     budget = options.optimizer_gpu_gib
     on_device = state if budget is None else min(state, int(budget * GIB))
     rest = element * (model.rest - model.rest_float32) + 4 * model.rest_float32
-    moving = max(activation_bytes.peak(model, step), adapters + optimizer_working(model.adapters, options.optimizer))
+    moving = max(activation_memory.peak(model, step), adapters + optimizer_working(model.adapters, options.optimizer))
     workspace = WORKSPACE + GRAPHS * options.cuda_graphs
     return Estimate(
         weights=model.quantized,
@@ -106,7 +105,7 @@ def estimate(model: Architecture, options: FinetuneOptions, *, recomputed: int |
     )
 
 
-def step_of(model: Architecture, options: FinetuneOptions) -> activation_bytes.Step:
+def step_of(model: Architecture, options: FinetuneOptions) -> activation_memory.Step:
     """The forward and backward pass of a run on a GPU.
 
     Raises:
@@ -114,7 +113,7 @@ def step_of(model: Architecture, options: FinetuneOptions) -> activation_bytes.S
     """
     # packed sequences are one row, whose attention takes a mask
     batch, length = options.batch_size, options.max_length
-    step = activation_bytes.Step(
+    step = activation_memory.Step(
         batch=1 if options.packing else batch,
         length=batch * length if options.packing else length,
         element=ELEMENT_BYTES[options.dtype],
@@ -128,7 +127,7 @@ def step_of(model: Architecture, options: FinetuneOptions) -> activation_bytes.S
     return dataclasses.replace(step, recomputed=_recomputed(model, options, step))
 
 
-def _recomputed(model: Architecture, options: FinetuneOptions, step: activation_bytes.Step) -> int:
+def _recomputed(model: Architecture, options: FinetuneOptions, step: activation_memory.Step) -> int:
     """How many layers the options ask to recompute."""
     layers = len(model.layers)
     policy = recomputation_policy(options, on_gpu=True)
@@ -141,9 +140,9 @@ def _recomputed(model: Architecture, options: FinetuneOptions, step: activation_
         )
 
 
-def _of_largest_layer(model: Architecture, step: activation_bytes.Step) -> tuple[int, int]:
+def _of_largest_layer(model: Architecture, step: activation_memory.Step) -> tuple[int, int]:
     """(bytes a token that a layer keeps, bytes of its input)"""
-    kept = max(activation_bytes.kept_by_layer(layer, step) for layer in model.layers)
+    kept = max(activation_memory.kept_by_layer(layer, step) for layer in model.layers)
     return kept // step.tokens, step.element * model.hidden
 
 
@@ -200,16 +199,24 @@ def changes(model: Architecture, options: FinetuneOptions, gpu: int) -> list[Cha
     """
     found: list[Change] = []
     changed: dict[str, object] = {}
-    fits = estimate(model, options).total <= gpu
+    lowest = _total(model, options)
     for step in _knobs(options):
-        if fits:
+        if lowest <= gpu:
             break
-        total = estimate(model, dataclasses.replace(options, **changed | step)).total
-        if total < (found[-1].total if found else estimate(model, options).total):
+        total = _total(model, dataclasses.replace(options, **changed | step))
+        if total < lowest:
+            lowest = total
             changed |= step
             found.append(Change(_as_flags(changed), total))
-            fits = total <= gpu
     return found
+
+
+def _total(model: Architecture, options: FinetuneOptions) -> int | float:
+    """What the GPU must have free; infinity where a budget of the options cannot be kept."""
+    try:
+        return estimate(model, options).total
+    except UsageError:
+        return math.inf
 
 
 def _knobs(options: FinetuneOptions):
@@ -245,7 +252,7 @@ def largest_batch(model: Architecture, options: FinetuneOptions, gpu: int) -> in
     """The most sequences of `options.max_length` a forward pass that fit; 0 where not even one does."""
 
     def fits(batch: int) -> bool:
-        return estimate(model, dataclasses.replace(options, batch_size=batch)).total <= gpu
+        return _total(model, dataclasses.replace(options, batch_size=batch)) <= gpu
 
     return _largest(fits, 4096)
 

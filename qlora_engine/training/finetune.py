@@ -1,5 +1,6 @@
 """The recipe of `qlora finetune`: data, model, training, evaluation, report."""
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -11,7 +12,7 @@ from pathlib import Path
 import torch
 
 from qlora_engine.models.files import atomic_write
-from qlora_engine.training import checkpoints, data, memory
+from qlora_engine.training import checkpoints, data, memory, parallel
 from qlora_engine.training.device import choose_device, choose_dtype, see_one_gpu
 from qlora_engine.training.errors import DataError, Interrupted, OptionError, out_of_memory_as_usage_error
 from qlora_engine.training.options import LORA, FinetuneOptions
@@ -52,7 +53,8 @@ def finetune(options: FinetuneOptions) -> FinetuneResult:
     """Fine-tunes a model and writes adapter and report into `options.output`.
 
     The 4-bit base is read from `options.model`; checkpoints hold only the adapter and the training state. A run
-    that was interrupted and resumed gives, on a CPU, bit for bit the adapter of one that was not.
+    that was interrupted and resumed gives, on a CPU, bit for bit the adapter of one that was not. In several
+    processes (torchrun, accelerate launch) each gets `batch_size` sequences of a step, and the first writes files.
 
     Raises:
         UsageError: for what the user can put right: data, model, targets, memory, options.
@@ -61,9 +63,10 @@ def finetune(options: FinetuneOptions) -> FinetuneResult:
     began = time.perf_counter()
     # everything that can be wrong with the input shows before the slow part: TRL's import and the model
     options.check()
-    train_rows, held_out = _load_data(options)
-    checkpoint = checkpoints.checkpoint_to_resume(options)
-    device = choose_device(see_one_gpu(options.device))
+    train_rows, held_out = load_data(options)
+    ranks = parallel.find_ranks(options)
+    checkpoint = checkpoints.checkpoint_to_resume(options, ranks.size)
+    device = choose_device(ranks.device_name(options.device) if ranks.size > 1 else see_one_gpu(options.device))
     dtype = choose_dtype(options.dtype, device)
     folder = resolve_model(options.model)
     need = memory.estimate(
@@ -83,7 +86,7 @@ def finetune(options: FinetuneOptions) -> FinetuneResult:
 
     methods.method_config(options)  # a mistake in it shows before the model is read
     with out_of_memory_as_usage_error(f"The model needs {need}"):
-        model, tokenizer = load_model(options, folder, device, dtype)
+        model, tokenizer = load_model(options, folder, device, dtype, ranks.first)
     loaded = time.perf_counter()
     if options.chat or train_rows.format == "messages":
         sampling.check_chat_template(tokenizer)
@@ -91,15 +94,19 @@ def finetune(options: FinetuneOptions) -> FinetuneResult:
         train_rows, held_out = data.as_chat(train_rows), held_out and data.as_chat(held_out)
     sizes = model_sizes(model)
     output = Path(options.output)
-    if checkpoint is None:
+    if checkpoint is None and ranks.first:
         checkpoints.begin_run(options)
     metrics = trainer.MetricsLog(
-        output / checkpoints.METRICS_FILE, checkpoints.step_of(checkpoint) if checkpoint else None
+        output / checkpoints.METRICS_FILE, checkpoints.step_of(checkpoint) if checkpoint else None, ranks.first
     )
     advice = functools.partial(memory_advice, options, folder, device)
-    with out_of_memory_as_usage_error(advice), trainer.stop_on_interrupt() as stop:
-        loop = build_trainer(options, model, tokenizer, train_rows, held_out, device, dtype)
-        for callback in (metrics, trainer.ProgressBar(metrics, str(device)), trainer.StopCallback(stop)):
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(out_of_memory_as_usage_error(advice))
+        stop = stack.enter_context(trainer.stop_on_interrupt())
+        loop = build_trainer(options, model, tokenizer, train_rows, held_out, device, dtype, ranks)
+        stack.enter_context(parallel.end_with_peers(ranks, _resume_advice(output)))
+        bar = (trainer.ProgressBar(metrics, str(device)),) if ranks.first else ()
+        for callback in (metrics, *bar, trainer.StopCallback(stop, ranks)):
             loop.add_callback(callback)
         if checkpoint is None:
             methods.choose(loop)
@@ -109,7 +116,7 @@ def finetune(options: FinetuneOptions) -> FinetuneResult:
             return sampling.greedy_samples(model, tokenizer, [prompt for prompt, _ in prompts], options.sample_tokens)
 
         if checkpoint is None:
-            before = _state_before(loop, samples, output / checkpoints.BEFORE_FILE)
+            before = _state_before(loop, samples, output / checkpoints.BEFORE_FILE, ranks)
         else:
             before = json.loads((output / checkpoints.BEFORE_FILE).read_text(encoding="utf-8"))
         loop.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
@@ -126,13 +133,15 @@ def finetune(options: FinetuneOptions) -> FinetuneResult:
         # TRL put its fused head in front of the model's own forward
         model.__dict__.pop("forward", None)
         after = samples()
+        adapter = output / checkpoints.ADAPTER
+        if loop.method is not None and ranks.first:
+            loop.method.save(adapter)
+        elif loop.method is None and (ranks.first or ranks.sharded):
+            save_adapter(model, adapter)
+        ranks.barrier()
 
-    adapter = output / checkpoints.ADAPTER
-    if loop.method is not None:
-        loop.method.save(adapter)
-    else:
-        save_adapter(model, adapter)
-    tokenizer.save_pretrained(adapter)
+    if ranks.first:
+        tokenizer.save_pretrained(adapter)
     summary = report.summarize(
         options=options,
         metrics=metrics,
@@ -150,11 +159,18 @@ def finetune(options: FinetuneOptions) -> FinetuneResult:
         device=device,
         dtype=dtype,
     )
-    report.write(output, summary, metrics.records, report.pair_samples(prompts, before["samples"], after))
+    if ranks.first:
+        report.write(output, summary, metrics.records, report.pair_samples(prompts, before["samples"], after))
     return FinetuneResult(output, adapter, model, tokenizer, summary)
 
 
-def _load_data(options: FinetuneOptions) -> tuple[data.Rows, data.Rows | None]:
+def load_data(options: FinetuneOptions) -> tuple[data.Rows, data.Rows | None]:
+    """(training rows, held-out rows) that the options name or split off; None where none are held out.
+
+    Raises:
+        OptionError: where an option is for rows of another format.
+        DataError: where the data cannot be read.
+    """
     rows = data.load_rows(options.data)
     for name, wanted, formats in (
         ("--chat", options.chat, ("prompt/completion",)),
@@ -178,13 +194,19 @@ def _load_data(options: FinetuneOptions) -> tuple[data.Rows, data.Rows | None]:
     return rows, held_out
 
 
-def _state_before(loop, samples, file: Path) -> dict:
+def _resume_advice(output: Path) -> str:
+    """What to do where the run ends before its time."""
+    return f"Continue from the last checkpoint, if there is one yet, with: {checkpoints.resume_command(output)}"
+
+
+def _state_before(loop, samples, file: Path, ranks: parallel.Ranks) -> dict:
     """Held-out loss (into the metrics) and samples of the model as it came; kept in `file` for a resumed run."""
     if loop.eval_dataset is not None:
         loop.evaluate()
-    before = {"samples": samples()}
-    with atomic_write(file) as temporary:
-        temporary.write_text(json.dumps(before, ensure_ascii=False) + "\n", encoding="utf-8")
+    before = {"samples": samples(), "ranks": ranks.size}
+    if ranks.first:
+        with atomic_write(file) as temporary:
+            temporary.write_text(json.dumps(before, ensure_ascii=False) + "\n", encoding="utf-8")
     return before
 
 

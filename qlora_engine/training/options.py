@@ -110,6 +110,12 @@ class FinetuneOptions:
         False, "run forward and backward as CUDA graphs: faster for small batches; pads to at most four lengths"
     )
     seed: int = option(0, "seed of the adapters, the split, the order and the dropout", minimum=0)
+    sharding: str = option(
+        "auto",
+        "several processes: none replicates the model (DDP), full shards it (FSDP2); auto: full where accelerate "
+        "launch was told to use FSDP, else none",
+        choices=("auto", "none", "full"),
+    )
     # progress
     eval_every: int = option(0, "steps between evaluations; 0: four a run", minimum=0)
     save_every: int = option(0, "steps between checkpoints; 0: at the end and on interruption", minimum=0)
@@ -282,3 +288,10 @@ def _converted(kind: type, value, name: str):
         return value
     words = {float: "a number", int: "a whole number", bool: "true or false", str: "text"}
     raise OptionError(f"{name} is {value!r}; expected {words[kind]}")
+
+
+def recomputation_policy(options: FinetuneOptions, on_gpu: bool) -> str:
+    """The policy of `activations.recompute_layers` that `--gradient-checkpointing` means."""
+    if options.gradient_checkpointing == "auto":
+        return "selective" if on_gpu or options.activation_gib is not None else "none"
+    return {"on": "full", "off": "none"}.get(options.gradient_checkpointing, options.gradient_checkpointing)

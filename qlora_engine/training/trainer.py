@@ -20,10 +20,11 @@ from qlora_engine.training.cuda_graphs import causal_attention
 from qlora_engine.training.loss import CausalLoss, causal_lm_loss
 from qlora_engine.training.memory import GIB, peak_memory
 from qlora_engine.training.methods import MethodSteps, load_checkpoint, method_of, save_checkpoint
+from qlora_engine.training.parallel import ParallelTraining, Ranks, agree
 from qlora_engine.training.step import CapturedTraining, TokenCounts
 
 
-class QLoRATrainer(SFTTrainer):
+class QLoRATrainer(ParallelTraining, SFTTrainer):
     """SFTTrainer whose checkpoints hold the adapter, or what another method learnt, and not the model.
 
     A checkpoint folder has the adapter in PEFT's format, optimizer, scheduler, random states and the trainer's
@@ -31,11 +32,12 @@ class QLoRATrainer(SFTTrainer):
 
     Args:
         lora_plus: learning rate of the adapters' B factors over that of everything else.
+        ranks: the processes of the run.
         *args, **kwargs: SFTTrainer's.
     """
 
-    def __init__(self, *args, lora_plus: float = 1.0, **kwargs):
-        self._lora_plus = lora_plus
+    def __init__(self, *args, lora_plus: float = 1.0, ranks: Ranks | None = None, **kwargs):
+        self._lora_plus, self.ranks = lora_plus, ranks or Ranks()
         self.needs_masks = True  # whether attention has to see which tokens are padding
         self.own_loss = False  # whether the training loss is this engine's chunked one and not TRL's
         self.captured: CapturedTraining | None = None  # where the steps are CUDA graphs
@@ -46,6 +48,8 @@ class QLoRATrainer(SFTTrainer):
             self.add_callback(MethodSteps(self.method))
 
     def create_optimizer(self, *args, **kwargs):
+        if self.optimizer is None:
+            self.prepare_parallel()
         optimizer, options = self.optimizer_cls_and_kwargs
         decay = {"weight_decay": self.args.weight_decay}
         if self.optimizer is None and self.method is not None:
@@ -96,7 +100,7 @@ class QLoRATrainer(SFTTrainer):
     def _save(self, output_dir=None, state_dict=None):
         if self.args.should_save and self.method is not None:
             save_checkpoint(self.method, output_dir or self.args.output_dir)
-        elif self.args.should_save:
+        elif self.args.should_save or self.ranks.sharded:  # a sharded one is gathered by all
             save_adapter(self.model, output_dir or self.args.output_dir)
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
@@ -144,11 +148,11 @@ def stop_on_interrupt() -> Iterator[StopRequest]:
 class StopCallback(TrainerCallback):
     """Ends training with a checkpoint after the step in which a stop was asked for."""
 
-    def __init__(self, request: StopRequest):
-        self.request = request
+    def __init__(self, request: StopRequest, ranks: Ranks | None = None):
+        self.request, self.ranks = request, ranks or Ranks()
 
     def on_step_end(self, args, state, control, **kwargs):
-        if self.request.asked and state.global_step < state.max_steps:
+        if agree(self.ranks, self.request.asked) and state.global_step < state.max_steps:
             control.should_save = control.should_training_stop = True
         return control
 
@@ -156,20 +160,26 @@ class StopCallback(TrainerCallback):
 class MetricsLog(TrainerCallback):
     """Appends each step's and each evaluation's figures to metrics.jsonl, so that a crash loses none.
 
+    Args:
+        path: the file.
+        resumed_at: the step that the run goes on from, or None.
+        writes: False keeps the figures, and writes nothing: one process of a run writes.
+
     Attributes:
         records: every figure of the run, those from before a resumption included.
     """
 
     FIGURES = ("loss", "eval_loss", "learning_rate", "grad_norm", "mean_token_accuracy", "eval_mean_token_accuracy")
 
-    def __init__(self, path: Path, resumed_at: int | None):
-        self.path = path
+    def __init__(self, path: Path, resumed_at: int | None, writes: bool = True):
+        self.path, self.writes = path, writes
         self.records: list[dict] = []
         if resumed_at is not None and path.exists():
             written = [json.loads(line) for line in path.read_text().splitlines() if line.strip().endswith("}")]
             self.records = [record for record in written if record["step"] <= resumed_at]
-        with atomic_write(path) as temporary:
-            temporary.write_text("".join(json.dumps(record) + "\n" for record in self.records))
+        if writes:
+            with atomic_write(path) as temporary:
+                temporary.write_text("".join(json.dumps(record) + "\n" for record in self.records))
         last = next((record for record in reversed(self.records) if "tokens" in record), {})
         self.tokens_before, self.seconds_before = last.get("tokens", 0), last.get("train_seconds", 0.0)
         self.tokens, self.seconds = self.tokens_before, self.seconds_before
@@ -190,8 +200,9 @@ class MetricsLog(TrainerCallback):
             self.tokens = self.tokens_before + int(logs.get("num_tokens", 0))
             record |= {"tokens": self.tokens, "train_seconds": round(self.seconds, 3)}
         self.records.append(record)
-        with self.path.open("a") as file:
-            file.write(json.dumps(record) + "\n")
+        if self.writes:
+            with self.path.open("a") as file:
+                file.write(json.dumps(record) + "\n")
 
     @property
     def tokens_per_second(self) -> float:

@@ -24,7 +24,7 @@ from transformers import (
 import qlora_engine as qe
 from qlora_engine.models.config import QLoRAConfig
 from qlora_engine.optim import PagedAdamW
-from qlora_engine.training import activation_bytes, estimator
+from qlora_engine.training import activation_memory, estimator
 from qlora_engine.training.architecture import architecture_of, read_architecture
 from qlora_engine.training.errors import ModelError, UsageError
 from qlora_engine.training.memory import GIB
@@ -142,10 +142,10 @@ def test_activations_are_those_of_a_step(make, settings, recomputed, monkeypatch
         with torch.autocast("cpu", torch.bfloat16):
             loss = model.model(ids).last_hidden_state.sum()
         loss.backward()
-    step = activation_bytes.Step(2, 256, recomputed=len(shape.layers) if recomputed else 0)
+    step = activation_memory.Step(2, 256, recomputed=len(shape.layers) if recomputed else 0)
     # the final normalization alone
-    monkeypatch.setattr(activation_bytes, "loss", lambda model, step: 10 * step.tokens * model.hidden)
-    assert activation_bytes.peak(shape, step) == pytest.approx(live.peak, rel=0.07)
+    monkeypatch.setattr(activation_memory, "loss", lambda model, step: 10 * step.tokens * model.hidden)
+    assert activation_memory.peak(shape, step) == pytest.approx(live.peak, rel=0.07)
 
 
 def test_what_each_layer_keeps_is_what_autograd_saves(one_thread):
@@ -164,7 +164,9 @@ def test_what_each_layer_keeps_is_what_autograd_saves(one_thread):
         model.model(torch.randint(0, 500, (2, 128)))
     saved = sum(t.untyped_storage().nbytes() for t in kept.values())
     # the first normalization's input needs no gradient and is not kept; the final one's is
-    assert 4 * activation_bytes.kept_by_layer(layer, activation_bytes.Step(2, 128)) == pytest.approx(saved, rel=0.01)
+    assert 4 * activation_memory.kept_by_layer(layer, activation_memory.Step(2, 128)) == pytest.approx(
+        saved, rel=0.01
+    )
 
 
 def test_each_option_moves_its_own_part(large):

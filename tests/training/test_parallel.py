@@ -1,0 +1,110 @@
+"""A run in two processes, replicated and sharded, against the same run in one."""
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.distributed.launch import run_ranks
+
+pytest.importorskip("trl")
+
+from qlora_engine.training.errors import OptionError
+from qlora_engine.training.finetune import finetune
+from qlora_engine.training.options import FinetuneOptions
+from qlora_engine.training.parallel import find_ranks
+
+STEPS = 4
+
+
+@pytest.fixture
+def options(tiny_model, tiny_data, tmp_path):
+    return FinetuneOptions(
+        model=str(tiny_model),
+        data=str(tiny_data),
+        output=str(tmp_path / "one"),
+        device="cpu",
+        max_steps=STEPS,
+        batch_size=4,
+        r=4,
+        samples=1,
+        sample_tokens=3,
+        gradient_checkpointing="on",
+        save_every=2,
+        eval_every=STEPS,
+    )
+
+
+def figures(folder: Path, key: str) -> list[float]:
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [record[key] for record in records if key in record]
+
+
+def two_runs(options: FinetuneOptions) -> list[str]:
+    """A replicated run, and a sharded one that is resumed from its middle."""
+    rank, folder = torch.distributed.get_rank(), Path(options.output).parent
+    shared = dataclasses.replace(options, batch_size=2, grad_accum=1)
+    finetune(dataclasses.replace(shared, output=str(folder / "replicated")))
+    sharded = dataclasses.replace(shared, output=str(folder / "sharded"), sharding="full")
+    result = finetune(sharded)
+    kinds = sorted({type(parameter).__name__ for parameter in result.model.parameters()})
+    if rank == 0:
+        shutil.copytree(folder / "sharded", folder / "resumed")
+        shutil.rmtree(folder / "resumed" / "checkpoints" / f"checkpoint-{STEPS}")
+        shutil.copytree(folder / "resumed", folder / "on one")
+    torch.distributed.barrier()
+    finetune(dataclasses.replace(sharded, output=str(folder / "resumed"), resume=True))
+    return kinds
+
+
+def test_two_processes_give_the_run_of_one(options, tmp_path):
+    single = finetune(options)
+    assert run_ranks(two_runs, 2, options) == [["DTensor"]] * 2
+    on_one = dataclasses.replace(options, output=str(tmp_path / "on one"), resume=True)
+    with pytest.raises(OptionError, match=r"a step had 2 x 1 x 2 processes sequences and has 2 x 1 x 1 processes"):
+        finetune(dataclasses.replace(on_one, batch_size=2))
+    finetune(on_one)
+    for name in ("replicated", "sharded", "resumed", "on one"):
+        folder = tmp_path / name
+        for key in ("loss", "eval_loss", "grad_norm"):
+            assert figures(folder, key) == pytest.approx(figures(single.output, key), rel=1e-4), (name, key)
+        assert (folder / "README.md").is_file()
+        from safetensors.torch import load_file
+
+        mine, theirs = (load_file(f / "adapter" / "adapter_model.safetensors") for f in (folder, single.output))
+        assert mine.keys() == theirs.keys()
+        for tensor in mine:
+            torch.testing.assert_close(mine[tensor], theirs[tensor], rtol=1e-3, atol=1e-5)
+    assert figures(tmp_path / "resumed", "loss") == figures(tmp_path / "sharded", "loss")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"sharding": "full"}, "needs several processes"),
+        ({"sharding": "full", "method": "ia3"}, "--method lora"),
+        ({"sharding": "full", "dtype": "fp16"}, "bf16 or fp32"),
+    ],
+)
+def test_what_cannot_be_sharded_is_said(options, monkeypatch, changes, message):
+    if "needs" not in message:
+        monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(OptionError, match=message):
+        find_ranks(dataclasses.replace(options, **changes))
+
+
+def test_accelerate_launch_with_fsdp_shards_by_this_engine(options, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    for name, value in (("RANK", "3"), ("WORLD_SIZE", "4"), ("LOCAL_RANK", "1")):
+        monkeypatch.setenv(name, value)
+    ranks = find_ranks(options)
+    assert (ranks.index, ranks.size, ranks.local, ranks.sharded, ranks.first) == (3, 4, 1, True, False)
+    import os
+
+    assert "ACCELERATE_USE_FSDP" not in os.environ, "Trainer would shard once more"
+    assert not find_ranks(dataclasses.replace(options, sharding="none")).sharded
+    with pytest.raises(OptionError, match="expected auto, cuda or cpu"):
+        ranks.device_name("cuda:1")
