@@ -8,7 +8,8 @@ from torch import nn
 
 from qlora_engine.models.config import QLoRAConfig
 from qlora_engine.models.grouping import ATTENTIONS, GATED_MLPS, PACKED_MLPS
-from qlora_engine.models.targets import find_targets, is_linear, kept_in_float32
+from qlora_engine.models.targets import find_experts, find_targets, is_linear, kept_in_float32
+from qlora_engine.nn.nf4_experts import expert_projections
 from qlora_engine.nn.nf4_linear import is_transposed_linear
 from qlora_engine.quantization.codebook import NESTED_BLOCKSIZE, blocks_of
 from qlora_engine.training.errors import ModelError, as_usage_error
@@ -154,11 +155,14 @@ def architecture_of(model: nn.Module, config: QLoRAConfig) -> Architecture:
     """
     quantized, adapted, saved = find_targets(model, config)
     ranks = dict.fromkeys(adapted, config.r)
-    inside = {f"{path}.weight" for path in quantized}
+    packed = {f"{path}.weight": 1 for path in quantized}  # name of a 4-bit weight -> matrices in it
+    for path in find_experts(model, config):
+        experts = model.get_submodule(path)
+        packed |= {f"{path}.{name}": experts.num_experts for name in expert_projections(experts)}
     rest = rest_float32 = parameters = 0
     for path, parameter in model.named_parameters():
         parameters += parameter.numel()
-        if path not in inside:
+        if path not in packed:
             rest += parameter.numel()
             rest_float32 += parameter.numel() * kept_in_float32(model, path, model.dtype)
     text = model.config.get_text_config()
@@ -179,7 +183,9 @@ def architecture_of(model: nn.Module, config: QLoRAConfig) -> Architecture:
     return Architecture(
         name=type(model).__name__,
         parameters=parameters,
-        quantized=sum(packed_bytes(model.get_submodule(p).weight.numel(), config) for p in quantized),
+        quantized=sum(
+            count * packed_bytes(model.get_parameter(name).numel() // count, config) for name, count in packed.items()
+        ),
         rest=rest,
         rest_float32=rest_float32,
         adapters=tuple(r * size for path, r in ranks.items() for size in _sizes(model.get_submodule(path))),

@@ -15,6 +15,8 @@ from transformers import (
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
     Phi3Config,
     Phi3ForCausalLM,
     Qwen3Config,
@@ -23,6 +25,7 @@ from transformers import (
 
 import qlora_engine as qe
 from qlora_engine.models.config import QLoRAConfig
+from qlora_engine.nn.nf4_experts import NF4Experts
 from qlora_engine.optim import PagedAdamW
 from qlora_engine.training import activation_memory, estimator
 from qlora_engine.training.architecture import architecture_of, read_architecture
@@ -82,7 +85,11 @@ def large():
     return architecture_of(model, QLoRAConfig())
 
 
-@pytest.mark.parametrize("make", [llama, lambda: llama(tie_word_embeddings=False), qwen3, gpt2])
+def mixtral():
+    return MixtralForCausalLM(MixtralConfig(**SMALL, num_local_experts=4)).bfloat16()
+
+
+@pytest.mark.parametrize("make", [llama, lambda: llama(tie_word_embeddings=False), qwen3, gpt2, mixtral])
 @pytest.mark.parametrize("settings", [{"r": 4}, {"r": 4, "double_quant": False, "blocksize": 128}])
 def test_weights_and_adapters_are_those_of_the_prepared_model(make, settings):
     model, config = make(), QLoRAConfig(**settings)
@@ -91,7 +98,12 @@ def test_weights_and_adapters_are_those_of_the_prepared_model(make, settings):
     adapters = sum(p.nbytes for p in model.parameters() if p.requires_grad)
     layers = [m for m in model.modules() if isinstance(m, qe.QLoRALinear)]
     packed = sum(layer.nf4_weight.nbytes for layer in layers)
-    rest = sum(p.nbytes for p in model.parameters()) - adapters - sum(layer.weight.nbytes for layer in layers)
+    codes = sum(layer.weight.nbytes for layer in layers)
+    for experts in (m for m in model.modules() if isinstance(m, NF4Experts)):
+        own = [experts._parameters[name].nbytes for name in experts.projections]
+        packed += sum(own) + sum(t.nbytes for t in experts._buffers.values() if t is not None)
+        codes += sum(own)
+    rest = sum(p.nbytes for p in model.parameters()) - adapters - codes
     assert (found.weights, found.rest, found.adapters) == (packed, rest, adapters)
 
 
