@@ -14,6 +14,7 @@ from qlora_engine.models.adapter import CONFIG_FILE, load_adapter
 from qlora_engine.models.config import QLoRAConfig
 from qlora_engine.models.files import atomic_directory
 from qlora_engine.models.prepare import prepare, quantize_model, replace_module, shared_places, untie
+from qlora_engine.models.sharding import check_whole
 from qlora_engine.models.shards import Shards, find_shards, resolve_folder
 from qlora_engine.models.streaming import checksums_of, stream
 from qlora_engine.models.targets import find_targets, kept_in_float32, linear_modules
@@ -37,7 +38,7 @@ def save_quantized(model: nn.Module, directory: str | os.PathLike, tokenizer=Non
         The folder; `load_quantized` reads it.
 
     Raises:
-        ValueError: where the model has no 4-bit layers.
+        ValueError: where the model has no 4-bit layers, or is sharded over processes.
         TypeError: where it has no transformers configuration.
         FileExistsError: where the folder holds an adapter.
     """
@@ -45,6 +46,7 @@ def save_quantized(model: nn.Module, directory: str | os.PathLike, tokenizer=Non
     from safetensors.torch import save_file
 
     model = getattr(model, "_orig_mod", model)  # torch.compile's wrapper has other names
+    check_whole(model, "saved in 4 bits")
     layers = {path: m for path, m in model.named_modules() if isinstance(m, NF4Linear)}
     if not layers:
         raise ValueError("the model has no 4-bit layers; call qlora_engine.quantize_model on it first")

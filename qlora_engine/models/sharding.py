@@ -82,6 +82,15 @@ def is_sharded_model(model: nn.Module) -> bool:
     return any(is_sharded(parameter) for parameter in model.parameters())
 
 
+def check_whole(model: nn.Module, work: str) -> None:
+    """Raises ValueError where a model is sharded, which `work` cannot deal with."""
+    if is_sharded_model(model):
+        raise ValueError(
+            f"a sharded model cannot be {work}; save its adapter with qlora_engine.save_adapter, and load it on a "
+            "model that is whole"
+        )
+
+
 def find_blocks(model: nn.Module) -> list[nn.Module]:
     """Entries of every `nn.ModuleList` that is in no other and has linear layers in it."""
     found, inside = [], ()
