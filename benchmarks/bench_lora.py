@@ -164,7 +164,8 @@ def measure(name, M, timer, device, check) -> dict:
 
 def narrow(M, K, rank, timer, device) -> list[dict]:
     """Microseconds of each narrow product in a graph: Triton, cuBLAS, and the time to read or write what it must."""
-    from qlora_engine.kernels import lora as kernels
+    from qlora_engine import kernels
+    from qlora_engine.kernels import lora
 
     x, y, S = (torch.randn(M, n, device=device, dtype=torch.bfloat16) for n in (K, K, rank))
     A, B, grad_S = torch.randn(rank, K, device=device), torch.randn(K, rank, device=device), torch.empty_like(S)
@@ -175,13 +176,13 @@ def narrow(M, K, rank, timer, device) -> list[dict]:
         "lora_grad_B": (1, (x, S, B, 1.0, grad_S), None),
         "lora_grad_A": (1, (S, x, 0.0, None, torch.float32), (S, x, 0.1, one, torch.float32)),
     }
-    rows, before = [], kernels._choice
+    rows, before = [], kernels.adapter_choice
     copied = torch.empty_like(x)
     copy_us = timer.graph(lambda: copied.copy_(x))
     try:
         for name, (passes, without, with_dropout) in calls.items():
-            kernel, product = getattr(kernels, name), getattr(blas, name)
-            kernels._choice = "triton"
+            kernel, product = getattr(lora, name), getattr(blas, name)
+            kernels.adapter_choice = "triton"
             row = {"case": f"{name} {M}x{K} r={rank}", "triton_us": timer.graph(lambda k=kernel, a=without: k(*a))}
             row["blas_us"] = timer.graph(lambda f=product, a=without: f(*a))
             if with_dropout:
@@ -189,7 +190,7 @@ def narrow(M, K, rank, timer, device) -> list[dict]:
             row["least_us"] = copy_us * passes / 2
             rows.append(row)
     finally:
-        kernels._choice = before
+        kernels.adapter_choice = before
     return rows
 
 

@@ -100,6 +100,39 @@ inline Nf4Pointers check_nf4(const char* op, const Tensor& packed, const Tensor&
   return w;
 }
 
+// Checks x [..., K], the weight [out_features, K] and the bias.
+inline Nf4Pointers check_linear(const char* op, const Tensor& x, const Tensor& packed, const Tensor& absmax,
+                                const OptionalTensor& nested_absmax, const OptionalTensor& nested_offset,
+                                int64_t blocksize, int64_t out_features, const OptionalTensor& bias) {
+  check_compute_dtype(op, "x", x.scalar_type());
+  STD_TORCH_CHECK(x.dim() > 0, op, ": x has no dimensions; expected [..., in_features]");
+  const Nf4Pointers weight = check_nf4(op, packed, absmax, nested_absmax, nested_offset, blocksize,
+                                       out_features * x.size(x.dim() - 1), x);
+  if (bias.has_value()) check_tensor(op, "bias", *bias, x.scalar_type(), out_features, x);
+  return weight;
+}
+
+// Checks a low-rank addition to a product of `rows` [..., K] with `columns` columns; returns its rank. Rows of S may be
+// strided; B is [columns, rank], or [rank, columns] where not `transposed`.
+inline int64_t check_low_rank(const char* op, const char* S_name, const Tensor& S, const char* B_name, const Tensor& B,
+                              const Tensor& rows, int64_t columns, bool transposed) {
+  STD_TORCH_CHECK(B.dim() == 2, op, ": ", B_name, " has ", B.dim(), " dimensions; expected 2");
+  STD_TORCH_CHECK(S.dim() == 2, op, ": ", S_name, " has ", S.dim(), " dimensions; expected 2");
+  const int64_t rank = B.size(transposed ? 1 : 0);
+  int64_t M = 1;
+  for (int64_t i = 0; i + 1 < rows.dim(); ++i) M *= rows.size(i);
+  check_tensor(op, B_name, B, rows.scalar_type(), columns * rank, rows);
+  STD_TORCH_CHECK(S.size(0) == M && S.size(1) == rank, op, ": ", S_name, " is [", S.size(0), ", ", S.size(1),
+                  "]; expected [", M, ", ", rank, "]");
+  STD_TORCH_CHECK(rank < 2 || S.stride(1) == 1, op, ": the rows of ", S_name,
+                  " are not contiguous; call .contiguous() on it");
+  STD_TORCH_CHECK(S.scalar_type() == rows.scalar_type(), op, ": ", S_name, " is ", dtype_name(S.scalar_type()),
+                  "; expected ", dtype_name(rows.scalar_type()));
+  STD_TORCH_CHECK(S.is_cuda() == rows.is_cuda() && S.get_device_index() == rows.get_device_index(), op, ": ", S_name,
+                  " is on another device; move the input and the adapter to one device");
+  return rank;
+}
+
 inline int64_t product(const std::vector<int64_t>& shape) {
   int64_t n = 1;
   for (int64_t s : shape) n *= s;

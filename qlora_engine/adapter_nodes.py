@@ -5,12 +5,14 @@ parameters. Projections of one x share its reads: their S is one product with th
 mask of dropout serves them all. The gated MLP keeps gate and up besides, and computes h = act(gate) * up again.
 """
 
-from collections.abc import Sequence
+import contextlib
+import threading
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
 
-from qlora_engine.ops.direct import operator
+from qlora_engine.ops.direct import one_read_pays, operator, serves_layers
 
 TENSORS = 7  # of a projection, in the arguments of a node: A, B, bias, packed, absmax, nested_absmax, nested_offset
 
@@ -35,6 +37,27 @@ class Group(NamedTuple):
     dropout_p: float
 
 
+class _Recomputation(threading.local):
+    unread = False
+
+
+_recomputation = _Recomputation()
+
+
+@contextlib.contextmanager
+def unread_mlp_outputs() -> Iterator[None]:
+    """Within this context, on this thread, the outputs of gated MLPs are NaN, and their last product is left out.
+
+    For the recomputation of a layer that adds the MLP's output to something and ends: backward reads what the MLP
+    keeps, and not what it gave.
+    """
+    before, _recomputation.unread = _recomputation.unread, True
+    try:
+        yield
+    finally:
+        _recomputation.unread = before
+
+
 def _split(tensors: Sequence) -> list[Sequence]:
     return [tensors[i : i + TENSORS] for i in range(0, len(tensors), TENSORS)]
 
@@ -43,10 +66,35 @@ def _flat(x: torch.Tensor) -> torch.Tensor:
     return x.reshape(-1, x.shape[-1]).contiguous()
 
 
-def _forward(x, seed, group: Group, tensors) -> tuple[list[torch.Tensor], torch.Tensor]:
-    """The outputs of a group `[M, out]` for x `[M, in]`, and S `[M, sum of ranks]`."""
+def _together(x, group: Group, projections) -> bool:
+    """Whether one operator serves all of a group's projections: `ops/adapter.py`."""
+    if group.dropout_p or not serves_layers(x.device.type):
+        return False
+    for A, B, *_ in projections:
+        if not (A.is_contiguous() and B.is_contiguous()):
+            return False
+        if A.dtype not in (torch.float32, x.dtype) or B.dtype not in (torch.float32, x.dtype):
+            return False
+    return True
+
+
+def _weights(projections, group: Group) -> tuple[list, ...]:
+    """packed, absmax, nested_absmax, nested_offset and blocksizes, a list each."""
+    packed, absmax, nested_absmax, nested_offset = [[p[3 + i] for p in projections] for i in range(4)]
+    return packed, absmax, nested_absmax, nested_offset, [member.blocksize for member in group.members]
+
+
+def _forward(x, seed, group: Group, tensors, unread: bool = False) -> tuple[list[torch.Tensor], torch.Tensor]:
+    """The outputs of a group `[M, out]` for x `[M, in]`, and S `[M, sum of ranks]`; no outputs if they are unread."""
     projections = _split(tensors)
+    if not unread and _together(x, group, projections):
+        sizes, scalings = [m.out_features for m in group.members], [m.scaling for m in group.members]
+        lora_A, lora_B, biases = [[p[i] for p in projections] for i in range(3)]
+        weights = _weights(projections, group)
+        return operator("adapter_forward", x)(x, *weights, sizes, biases, lora_A, lora_B, scalings)
     S = operator("lora_down", x)(x, [A for A, *_ in projections], 1.0, group.dropout_p, seed)
+    if unread:
+        return [x.new_full((), float("nan")).expand(len(x), member.out_features) for member in group.members], S
     product, add = operator("linear_nf4", x), operator("lora_add", x)
     outputs, first = [], 0
     for (A, B, bias, *weight), member in zip(projections, group.members, strict=True):
@@ -62,8 +110,19 @@ def _backward_of_S(grads, S, group: Group, tensors, needs):
 
     A gradient that is None is zero.
     """
+    projections = _split(tensors)
+    everything = all(grad is not None and need[1] for grad, need in zip(grads, needs, strict=True))
+    if (
+        everything
+        and _together(S, group, projections)
+        and not any(one_read_pays(g, p[1]) for g, p in zip(grads, projections, strict=True))
+    ):
+        scalings = [member.scaling for member in group.members]
+        grad_S, grads_B = operator("adapter_backward_S", S)(grads, S, [p[1] for p in projections], scalings)
+        biases = [grad.sum(dim=0) if need[2] else None for grad, need in zip(grads, needs, strict=True)]
+        return grad_S, list(zip(grads_B, biases, strict=True))
     grad_S, first, rest = torch.empty_like(S), 0, []
-    for grad, (A, B, *_), member, need in zip(grads, _split(tensors), group.members, needs, strict=True):
+    for grad, (A, B, *_), member, need in zip(grads, projections, group.members, needs, strict=True):
         part = slice(first, first + A.shape[0])
         first += A.shape[0]
         grad_B = grad_bias = None
@@ -82,6 +141,9 @@ def _backward_of_S(grads, S, group: Group, tensors, needs):
 def _backward_of_x(grads, grad_S, seed, group: Group, tensors, in_features):
     """Gradient of x `[M, in]`: the sum over the projections, and the adapters' part in the same pass."""
     projections = _split(tensors)
+    if all(grad is not None for grad in grads) and _together(grad_S, group, projections):
+        lora_A = [p[0] for p in projections]
+        return operator("adapter_backward_x", grad_S)(grads, grad_S, *_weights(projections, group), lora_A)
     parts = [
         operator("linear_nf4_backward", grad)(grad, *weight, member.blocksize, in_features)
         for grad, (_A, _B, _bias, *weight), member in zip(grads, projections, group.members, strict=True)
@@ -161,7 +223,8 @@ class QLoRAMLP(torch.autograd.Function):
         outputs, S = _forward(flat, first, inner, tensors[:-TENSORS])
         gate, up = _gate_and_up(outputs)
         h = operator("gated_activation", gate)(gate, up, activation)
-        (y,), S_of_h = _forward(h, second, outer, tensors[-TENSORS:])
+        unread = not torch.compiler.is_compiling() and _recomputation.unread
+        (y,), S_of_h = _forward(h, second, outer, tensors[-TENSORS:], unread)
         kept = [t if i % TENSORS != 2 else None for i, t in enumerate(tensors)]
         ctx.save_for_backward(x if x.is_contiguous() else flat, seeds, S, S_of_h, *outputs, *kept)
         ctx.settings, ctx.shape = (inner, outer, activation), x.shape

@@ -1,8 +1,9 @@
-// linear_nf4 and linear_nf4_backward on a CPU: checks, allocation, and panels shared out to the cores.
+// linear_nf4, its gradient, and both with an adapter on a CPU: checks, allocation, and panels shared out to the cores.
 //
 // Both are C[M, P] = A[M, R] B[R, P] with B the decoded weight: y = x W^T has P = out, R = in; dX = dY W the reverse.
 // Rows of A are packed once, in chunks of kChunk steps of R; each task then takes one panel of columns of C, decodes
 // its part of B chunk by chunk, and multiplies it with all rows. W is read once for every kRowBlock rows.
+#include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
@@ -117,16 +118,14 @@ std::vector<int64_t> with_last(const Tensor& like, int64_t last) {
   return shape;
 }
 
-Tensor linear_nf4(const Tensor& x, const Tensor& packed, const Tensor& absmax, const OptionalTensor& nested_absmax,
-                  const OptionalTensor& nested_offset, int64_t blocksize, int64_t out_features,
-                  const OptionalTensor& bias) {
-  const char* op = "linear_nf4";
-  check_compute_dtype(op, "x", x.scalar_type());
-  STD_TORCH_CHECK(x.dim() > 0, op, ": x has no dimensions; expected [..., in_features]");
+// out += a @ b, matrices
+void add_product(const Tensor& out, const Tensor& a, const Tensor& b) {
+  TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_addmm_out(out.get(), out.get(), a.get(), b.get(), 1.0, 1.0));
+}
+
+// y = x W^T (+ bias), checked
+Tensor product(const Tensor& x, const Nf4Pointers& weight, int64_t out_features, const OptionalTensor& bias) {
   const int64_t in_features = x.size(x.dim() - 1);
-  const Nf4Pointers weight =
-      check_nf4(op, packed, absmax, nested_absmax, nested_offset, blocksize, out_features * in_features, x);
-  if (bias.has_value()) check_tensor(op, "bias", *bias, x.scalar_type(), out_features, x);
   const Tensor rows = torch::stable::contiguous(x);
   Tensor y = torch::stable::new_empty(x, with_last(x, out_features), x.scalar_type());
   const Nf4Scales scales(weight, x);
@@ -138,15 +137,40 @@ Tensor linear_nf4(const Tensor& x, const Tensor& packed, const Tensor& absmax, c
   return y;
 }
 
-Tensor linear_nf4_backward(const Tensor& grad, const Tensor& packed, const Tensor& absmax,
-                           const OptionalTensor& nested_absmax, const OptionalTensor& nested_offset,
-                           int64_t blocksize, int64_t in_features) {
-  const char* op = "linear_nf4_backward";
+Tensor linear_nf4(const Tensor& x, const Tensor& packed, const Tensor& absmax, const OptionalTensor& nested_absmax,
+                  const OptionalTensor& nested_offset, int64_t blocksize, int64_t out_features,
+                  const OptionalTensor& bias) {
+  const Nf4Pointers weight =
+      check_linear("linear_nf4", x, packed, absmax, nested_absmax, nested_offset, blocksize, out_features, bias);
+  return product(x, weight, out_features, bias);
+}
+
+Tensor linear_nf4_lora(const Tensor& x, const Tensor& packed, const Tensor& absmax,
+                       const OptionalTensor& nested_absmax, const OptionalTensor& nested_offset, int64_t blocksize,
+                       int64_t out_features, const Tensor& S, const Tensor& B, const OptionalTensor& bias) {
+  const char* op = "linear_nf4_lora";
+  const Nf4Pointers weight =
+      check_linear(op, x, packed, absmax, nested_absmax, nested_offset, blocksize, out_features, bias);
+  check_low_rank(op, "S", S, "B", B, x, out_features, true);
+  const Tensor y = product(x, weight, out_features, bias);
+  if (y.numel() > 0) {
+    add_product(torch::stable::view(y, {S.size(0), out_features}), S, torch::stable::transpose(B, 0, 1));
+  }
+  return y;
+}
+
+Nf4Pointers check_backward(const char* op, const Tensor& grad, const Tensor& packed, const Tensor& absmax,
+                           const OptionalTensor& nested_absmax, const OptionalTensor& nested_offset, int64_t blocksize,
+                           int64_t in_features) {
   check_compute_dtype(op, "grad", grad.scalar_type());
   STD_TORCH_CHECK(grad.dim() > 0, op, ": grad has no dimensions; expected [..., out_features]");
+  return check_nf4(op, packed, absmax, nested_absmax, nested_offset, blocksize,
+                   grad.size(grad.dim() - 1) * in_features, grad);
+}
+
+// grad W, checked
+Tensor backward_product(const Tensor& grad, const Nf4Pointers& weight, int64_t in_features) {
   const int64_t out_features = grad.size(grad.dim() - 1);
-  const Nf4Pointers weight =
-      check_nf4(op, packed, absmax, nested_absmax, nested_offset, blocksize, out_features * in_features, grad);
   const Tensor rows = torch::stable::contiguous(grad);
   Tensor dx = torch::stable::new_empty(grad, with_last(grad, in_features), grad.scalar_type());
   const Nf4Scales scales(weight, grad);
@@ -158,10 +182,61 @@ Tensor linear_nf4_backward(const Tensor& grad, const Tensor& packed, const Tenso
   return dx;
 }
 
+void add_to(const Tensor& out, const Tensor& other) {
+  AtenTensorHandle sum = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_add_Tensor(out.get(), other.get(), 1.0, &sum));
+  Tensor target = out;
+  torch::stable::copy_(target, Tensor(sum));
+}
+
+Tensor linear_nf4_backward(const Tensor& grad, const Tensor& packed, const Tensor& absmax,
+                           const OptionalTensor& nested_absmax, const OptionalTensor& nested_offset,
+                           int64_t blocksize, int64_t in_features) {
+  const Nf4Pointers weight = check_backward("linear_nf4_backward", grad, packed, absmax, nested_absmax, nested_offset,
+                                            blocksize, in_features);
+  return backward_product(grad, weight, in_features);
+}
+
+Tensor linear_nf4_backward_lora(const Tensor& grad, const Tensor& packed, const Tensor& absmax,
+                                const OptionalTensor& nested_absmax, const OptionalTensor& nested_offset,
+                                int64_t blocksize, int64_t in_features, const Tensor& dS, const Tensor& A,
+                                const OptionalTensor& addend) {
+  const char* op = "linear_nf4_backward_lora";
+  const Nf4Pointers weight =
+      check_backward(op, grad, packed, absmax, nested_absmax, nested_offset, blocksize, in_features);
+  check_low_rank(op, "dS", dS, "A", A, grad, in_features, false);
+  if (addend.has_value()) check_tensor(op, "addend", *addend, grad.scalar_type(), dS.size(0) * in_features, grad);
+  const Tensor dx = backward_product(grad, weight, in_features);
+  if (dx.numel() == 0) return dx;
+  const Tensor flat = torch::stable::view(dx, {dS.size(0), in_features});
+  add_product(flat, dS, A);
+  if (addend.has_value()) add_to(flat, torch::stable::view(*addend, {dS.size(0), in_features}));
+  return dx;
+}
+
+void linear_nf4_backward_add(Tensor dx, const Tensor& grad, const Tensor& packed, const Tensor& absmax,
+                             const OptionalTensor& nested_absmax, const OptionalTensor& nested_offset,
+                             int64_t blocksize) {
+  const char* op = "linear_nf4_backward_add";
+  STD_TORCH_CHECK(dx.dim() > 0, op, ": dx has no dimensions; expected [..., in_features]");
+  const int64_t in_features = dx.size(dx.dim() - 1);
+  const Nf4Pointers weight =
+      check_backward(op, grad, packed, absmax, nested_absmax, nested_offset, blocksize, in_features);
+  int64_t M = 1;
+  for (int64_t i = 0; i + 1 < grad.dim(); ++i) M *= grad.size(i);
+  check_tensor(op, "dx", dx, grad.scalar_type(), M * in_features, grad);
+  if (dx.numel() == 0) return;
+  const Tensor more = backward_product(grad, weight, in_features);
+  add_to(torch::stable::view(dx, {M, in_features}), torch::stable::view(more, {M, in_features}));
+}
+
 }  // namespace
 }  // namespace qlora_engine::cpu
 
 STABLE_TORCH_LIBRARY_IMPL(qlora_engine, CPU, m) {
   m.impl("linear_nf4", TORCH_BOX(&qlora_engine::cpu::linear_nf4));
+  m.impl("linear_nf4_lora", TORCH_BOX(&qlora_engine::cpu::linear_nf4_lora));
   m.impl("linear_nf4_backward", TORCH_BOX(&qlora_engine::cpu::linear_nf4_backward));
+  m.impl("linear_nf4_backward_lora", TORCH_BOX(&qlora_engine::cpu::linear_nf4_backward_lora));
+  m.impl("linear_nf4_backward_add", TORCH_BOX(&qlora_engine::cpu::linear_nf4_backward_add));
 }

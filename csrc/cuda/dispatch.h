@@ -61,24 +61,30 @@ inline LinearChoice linear_choice() {
   return choice;
 }
 
-// Whether the fused kernel is faster than decoding W and cuBLAS: measured as above, it is up to 2048 rows (by 1.0 to
-// 2.5 times), and is not from 4096 on (0.94 to 0.99).
-constexpr int64_t kFusedRows = 2048;
+// The most rows for which the fused kernel is chosen over decoding W and cuBLAS. Measured as above, it is up to 2.5 times
+// as fast below 2048 rows, 1.0 to 1.04 times at 2048, and 0.96 times at 4096. An adapter costs it 1 to 3%, but the other
+// way a pass or two over y: with rank 16, fused | decoded at
+//   M         2048        4096        8192
+//   4096²     106 | 119   202 | 212    399 |  396 us
+//   14336     348 | 389   721 | 724   1533 | 1458
+//   K 14336   332 | 355   700 | 677   1476 | 1349
+inline int64_t most_fused_rows(int64_t K, bool adapter) { return adapter && K <= 8192 ? 4096 : 2048; }
 
 struct LinearRoute {
   enum Path { kFewRows, kFused, kDequantize, kDoesNotFit } path;
   FusedConfig config;  // of kFused
 };
 
-// The way of a product whose x is aligned to 16 bytes; kDoesNotFit where the fused kernel was asked for in vain.
+// The way of a product whose x is aligned to 16 bytes, with or without an adapter; kDoesNotFit where the fused kernel was
+// asked for in vain.
 inline LinearRoute linear_route(const Nf4Weight& weight, Dtype dtype, int64_t M, int64_t N, int64_t K,
-                                const LinearChoice& choice, int multiprocessors) {
+                                bool adapter, const LinearChoice& choice, int multiprocessors) {
   if (choice.path == LinearChoice::kDequantize) return {LinearRoute::kDequantize, {}};
   const bool forced = choice.path == LinearChoice::kFused;
   const int64_t few = fused_available() ? kFewRowsSm90 : kFewRows;
   if (!forced && M <= few && few_rows_fit(weight, dtype, nullptr, N, K)) return {LinearRoute::kFewRows, {}};
   if (!fused_fits(weight, dtype, M, N, K)) return {forced ? LinearRoute::kDoesNotFit : LinearRoute::kDequantize, {}};
-  if (!forced && M > kFusedRows) return {LinearRoute::kDequantize, {}};
+  if (!forced && M > most_fused_rows(K, adapter)) return {LinearRoute::kDequantize, {}};
   return {LinearRoute::kFused, choice.has_config ? choice.config : choose_config(M, N, K, multiprocessors)};
 }
 

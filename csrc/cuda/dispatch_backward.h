@@ -36,16 +36,17 @@ inline BackwardPlan backward_plan(int64_t M, int64_t N, int64_t K, int processor
 }
 
 // The rule. `few`, `many`: the kernel for few rows, or for many, can take the product. Microseconds on an H100 80GB
-// (double-quantized, block 64): the kernel, and dequantize + cuBLAS, whose decoding alone takes 20 or 57:
+// (double-quantized, block 64): the kernel, and dequantize + cuBLAS; of the kernel for many also with an adapter of rank
+// 16, where the decoded way reads and writes dX once more:
 //
-//            M   4096 x 4096    14336 x 4096   4096 x 14336
-//   few      1    20 |            40 |            39 |
-//           16    21 |            40 |            36 |
-//           64    34 |            81 |            72 |
-//   many   256                                    66 | 112
-//         1024    57 |  66       181 | 206       212 | 221
-//         4096   210 | 195       716 | 681       778 | 682
-//         8192   452 | 372      1474 | 1327     1581 | 1347
+//            M   4096 x 4096               14336 x 4096              4096 x 14336
+//   few      1    20 |                        40 |                      39 |
+//           16    21 |                        40 |                      36 |
+//           64    34 |                        81 |                      72 |
+//   many   256    39 |  36   39 |  41         71 | 115    71 | 119       72 | 110    74 | 117
+//         1024    62 |  61   62 |  71        189 | 199   190 | 207      227 | 218   230 | 238
+//         2048   118 | 104  119 | 119        367 | 342   367 | 355      382 | 353   387 | 389
+//         4096   222 | 189  225 | 213        743 | 641   761 | 666      825 | 669   819 | 725
 //
 // The kernel for many takes about the same time for all M up to 256: of a large weight, it takes over from 33 rows on.
 inline BackwardChoice choose_backward(LinearChoice::Path asked, int64_t M, int64_t N, int64_t K, bool few, bool many,
@@ -55,7 +56,7 @@ inline BackwardChoice choose_backward(LinearChoice::Path asked, int64_t M, int64
   const bool large = N * K >= int64_t(1) << 25;
   // measured on GPUs that have the kernel for many; without clusters, too few thread blocks share W
   if (few && (many ? M <= 32 || !large : asked == LinearChoice::kFused)) return {BackwardPath::kFewRows, {1, 1, 8}};
-  if (!many || (asked == LinearChoice::kAuto && M > 2048)) return dequantize;
+  if (!many || (asked == LinearChoice::kAuto && M > 1024)) return dequantize;
   return {BackwardPath::kManyRows, backward_plan(M, N, K, processors)};
 }
 

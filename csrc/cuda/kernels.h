@@ -72,9 +72,20 @@ bool fused_available();
 // aligned to 16 bytes. x must be aligned likewise, which the caller sees to.
 bool fused_fits(const Nf4Weight& weight, Dtype dtype, int64_t M, int64_t N, int64_t K);
 
-// As linear_nf4_few_rows, for any M.
-cudaError_t linear_nf4_sm90(const void* x, const Nf4Weight& weight, const void* bias, Dtype dtype, void* y, int64_t M,
-                            int64_t N, int64_t K, const FusedConfig& config, cudaStream_t stream);
+// A low-rank addition S B to a product: S [M, rank], whose rows are `pitch` elements apart; B [N, rank] where y += S B^T,
+// [rank, K] where dx += S B, contiguous. Both of the product's dtype and aligned to 16 bytes; rank and pitch multiples of
+// 8. rank 0: none.
+struct Adapter {
+  const void* S;
+  int64_t pitch;
+  const void* B;
+  int64_t rank;
+};
+
+// As linear_nf4_few_rows, for any M; with an adapter y = x @ W.T + S @ B.T (+ bias).
+cudaError_t linear_nf4_sm90(const void* x, const Nf4Weight& weight, const void* bias, const Adapter& adapter,
+                            Dtype dtype, void* y, int64_t M, int64_t N, int64_t K, const FusedConfig& config,
+                            cudaStream_t stream);
 
 // Whether linear_nf4_backward_few_rows can take this product: up to kFewBackwardRows rows of 16-bit grad, N a multiple
 // of 4, K of 64, blocks of at least 64, 16-byte alignment of packed (4 of dx and scales; grad must have 8).
@@ -103,9 +114,24 @@ BackwardScratch linear_backward_sm90_scratch(const BackwardPlan& plan, int64_t M
 // K of 64, blocks of at least 64, 16-byte alignment (4-byte for scales); grad must have 16.
 bool linear_backward_sm90_fits(const Nf4Weight& weight, Dtype dtype, const void* dx, int64_t M, int64_t N, int64_t K);
 
-// grad [M, N] contiguous -> dx [M, K] = grad @ W, without a decoded copy of W.
-cudaError_t linear_nf4_backward_sm90(const void* grad, const Nf4Weight& weight, Dtype dtype, void* dx, int64_t M,
-                                     int64_t N, int64_t K, const BackwardPlan& plan, float* partials,
-                                     int32_t* counters, cudaStream_t stream);
+// grad [M, N] contiguous -> dx [M, K] = grad @ W (+ adapter's S @ B), without a decoded copy of W; with `add` this is
+// added to what dx holds, rounded before and after.
+cudaError_t linear_nf4_backward_sm90(const void* grad, const Nf4Weight& weight, const Adapter& adapter, Dtype dtype,
+                                     void* dx, bool add, int64_t M, int64_t N, int64_t K, const BackwardPlan& plan,
+                                     float* partials, int32_t* counters, cudaStream_t stream);
+
+// target[i] = source[i] * factor, rounded to one dtype for all jobs of a launch.
+struct RoundJob {
+  const void* source;
+  void* target;
+  int64_t count;
+  float factor;
+  Dtype dtype;  // of the source
+};
+constexpr int kMaxRoundJobs = 6;
+struct RoundJobs {
+  RoundJob of[kMaxRoundJobs];
+};
+cudaError_t round_matrices(const RoundJobs& jobs, int count, Dtype dtype, cudaStream_t stream);
 
 }  // namespace qlora_engine::cuda

@@ -5,9 +5,12 @@
 #include <cuda_runtime_api.h>
 #include <dlfcn.h>
 #include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include <array>
 #include <optional>
 
 namespace qlora_engine::cuda {
@@ -44,6 +47,33 @@ inline void matrix_product(const torch::stable::Tensor& out, const torch::stable
     static const auto function = find_in_libtorch_cuda<Product>("aoti_torch_cuda_mm_out");
     TORCH_ERROR_CODE_CHECK(function(out.get(), a.get(), b.get()));
   }
+}
+
+// out += other, of the same shape
+inline void add_to(torch::stable::Tensor out, const torch::stable::Tensor& other) {
+  using Sum = AOTITorchError (*)(AtenTensorHandle, AtenTensorHandle, double, AtenTensorHandle*);
+  static const auto function = find_in_libtorch_cuda<Sum>("aoti_torch_cuda_add_Tensor");
+  AtenTensorHandle sum = nullptr;
+  TORCH_ERROR_CODE_CHECK(function(out.get(), other.get(), 1.0, &sum));
+  torch::stable::copy_(out, torch::stable::Tensor(sum));
+}
+
+// out = factor * a @ b, rounded once, to the dtype of out: that of a and b, or float32. Factors other than 1 are for
+// products of one dtype; below the dispatcher as matrix_product, but for float32 sums of 16-bit products.
+inline void scaled_product(const torch::stable::Tensor& out, const torch::stable::Tensor& a,
+                           const torch::stable::Tensor& b, double factor) {
+  if (out.scalar_type() == a.scalar_type()) {
+    using SumProduct =
+        AOTITorchError (*)(AtenTensorHandle, AtenTensorHandle, AtenTensorHandle, AtenTensorHandle, double, double);
+    static const auto function = find_in_libtorch_cuda<SumProduct>("aoti_torch_cuda_addmm_out");
+    TORCH_ERROR_CODE_CHECK(function(out.get(), out.get(), a.get(), b.get(), 0.0, factor));  // beta 0: reads no out
+    return;
+  }
+  STD_TORCH_CHECK(factor == 1.0, "qlora_engine: a product of two dtypes has no factor");
+  std::array<StableIValue, 4> stack{torch::stable::detail::from(a), torch::stable::detail::from(b),
+                                    torch::stable::detail::from(out.scalar_type()), torch::stable::detail::from(out)};
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mm", "dtype_out", stack.data(), TORCH_ABI_VERSION));
+  torch::stable::detail::to<torch::stable::Tensor>(stack[0]);  // takes over the reference that was returned
 }
 
 inline void check_launch(const char* op, cudaError_t error) {

@@ -12,6 +12,8 @@
 //   as the sum is in one part.
 //   Cluster of two: two blocks with the same columns and neighbouring tokens. Each decodes every second step and
 //   copies the result into the other's shared memory.
+//   An adapter, dX += dS A: further steps, over its rank, in which a tile of dS is copied where that of dY would be, and
+//   one of A [64 r, 128 k] where decoded W would.
 //   Few tiles: the sum over N is cut into parts, whose float32 partial sums are added in a fixed order by the block
 //   that comes last.
 //
@@ -34,6 +36,11 @@
 namespace qlora_engine::cuda {
 namespace backward {
 namespace {
+
+// Tiles in global memory: dY, dX, and an adapter's dS and A.
+struct Maps {
+  CUtensorMap grad, out, grad_S, A;
+};
 
 #ifdef QLORA_SM90
 
@@ -74,6 +81,7 @@ __device__ __forceinline__ void decode(const Nf4Weight& weight, const Work& work
   for (int i = 0; i < begun; ++i) {
     const int flat = i * kCluster + rank, stage = flat % kStages, use = flat / kStages;
     const ProductTable<T> table(fetch.absmax());
+    const bool adapter = fetch.adapter();
     const uint32_t codes[8] = {words[0].x, words[0].y, words[0].z, words[0].w,
                                words[1].x, words[1].y, words[1].z, words[1].w};
     begin(slot);
@@ -84,16 +92,20 @@ __device__ __forceinline__ void decode(const Nf4Weight& weight, const Work& work
     // also: the copy of this stage's last content has been read
     if constexpr (kCluster > 1) barrier_wait(barriers.ready(stage), use & 1);
     const uint32_t to = row_at + stage * kStageBytes;
+    if (!adapter) {
 #pragma unroll
-    for (int j = 0; j < 4; ++j) store_shared_128(to + (j * 16 ^ swizzle), table.decode(codes[j]));
+      for (int j = 0; j < 4; ++j) store_shared_128(to + (j * 16 ^ swizzle), table.decode(codes[j]));
+    }
     fetch.look_up();
+    if (!adapter) {
 #pragma unroll
-    for (int j = 4; j < 8; ++j) store_shared_128(to + (j * 16 ^ swizzle), table.decode(codes[j]));
+      for (int j = 4; j < 8; ++j) store_shared_128(to + (j * 16 ^ swizzle), table.decode(codes[j]));
+    }
     proxy_fence();
     __syncwarp();
     if (lane == 0) {
       barrier_arrive(barriers.full(stage));
-      if constexpr (kCluster > 1) {  // a warp's rows are contiguous
+      if (kCluster > 1 && !adapter) {  // a warp's rows are contiguous
         const uint32_t chunk = base + stage * kStageBytes + kGradBytes + warp * (kDecodedBytes / 4);
         bulk_copy_remote(chunk, chunk, kDecodedBytes / 4, barriers.full(stage), rank ^ 1);
       }
@@ -156,16 +168,20 @@ __device__ __forceinline__ void store_tile(const float (&sums)[kTokens / 2], con
     proxy_fence();
     named_barrier(1 + group, 128);
     if (threadIdx.x % 128 == 0) {
-      tile_store(map, column, token + q * kOutTokens, buffers + q % 2 * kOutBytes);
+      const uint32_t from = buffers + q % 2 * kOutBytes;
+      if (work.adds) {
+        tile_add(map, column, token + q * kOutTokens, from);
+      } else {
+        tile_store(map, column, token + q * kOutTokens, from);
+      }
       stores_commit();
     }
   }
 }
 
 template <typename T, int kCluster>
-__device__ __forceinline__ void multiply(const CUtensorMap* grad_map, const CUtensorMap* out_map, const Work& work,
-                                         uint32_t base, Barriers barriers, int rank, float* partials,
-                                         int32_t* counters) {
+__device__ __forceinline__ void multiply(const Maps& maps, const Work& work, uint32_t base, Barriers barriers,
+                                         int rank, float* partials, int32_t* counters) {
   const int lane = threadIdx.x % 32, group = threadIdx.x / 128 - 1;
   const bool loads = threadIdx.x / 32 == 4;  // this warp also fetches dY
   const int first = blockIdx.x / kCluster, stride = gridDim.x / kCluster;
@@ -177,9 +193,18 @@ __device__ __forceinline__ void multiply(const CUtensorMap* grad_map, const CUte
       const int stage = flat % kStages;
       if (wait) barrier_wait(barriers.empty(stage), (flat / kStages - 1) & 1);
       const bool decoded_here = flat % kCluster == rank;
-      barrier_arrive_expecting(barriers.full(stage), decoded_here ? kGradBytes : kGradBytes + kDecodedBytes);
-      tile_load(base + stage * kStageBytes, grad_map, ahead.step() * kStep,
-                (ahead.unit().token_tile * kCluster + rank) * kTokens, barriers.full(stage));
+      const int step = ahead.step(), token = (ahead.unit().token_tile * kCluster + rank) * kTokens;
+      const uint32_t full = barriers.full(stage), to = base + stage * kStageBytes;
+      if (step < work.weight_steps) {
+        barrier_arrive_expecting(full, decoded_here ? kGradBytes : kGradBytes + kDecodedBytes);
+        tile_load(to, &maps.grad, step * kStep, token, full);
+      } else {
+        const int r = (step - work.weight_steps) * kStep, column = ahead.unit().column_tile * kColumns;
+        barrier_arrive_expecting(full, kGradBytes + kDecodedBytes);
+        tile_load(to, &maps.grad_S, r, token, full);
+        tile_load(to + kGradBytes, &maps.A, column, r, full);
+        tile_load(to + kGradBytes + kDecodedBytes / 2, &maps.A, column + 64, r, full);
+      }
       if (!decoded_here) barrier_arrive_remote(barriers.ready(stage), rank ^ 1);
     }
     ahead.advance(1);
@@ -226,7 +251,7 @@ __device__ __forceinline__ void multiply(const CUtensorMap* grad_map, const CUte
         !add_parts(sums, work, tile, unit.split, group, partials, counters, base + kFlagsAt + group * 4)) {
       continue;
     }
-    store_tile<T>(sums, work, out_map, unit.column_tile * kColumns + group * 64, token_tile * kTokens, group,
+    store_tile<T>(sums, work, &maps.out, unit.column_tile * kColumns + group * 64, token_tile * kTokens, group,
                   base + kOutAt + group * 2 * kOutBytes);
   }
   if (threadIdx.x % 128 == 0) stores_wait();
@@ -236,9 +261,8 @@ __device__ __forceinline__ void multiply(const CUtensorMap* grad_map, const CUte
 
 template <typename T, bool kNested, int kCluster>
 __global__ void __launch_bounds__(kThreads, 1)
-    linear_backward_kernel(const __grid_constant__ CUtensorMap grad_map, const __grid_constant__ CUtensorMap out_map,
-                           const __grid_constant__ Nf4Weight weight, const __grid_constant__ Work work,
-                           float* __restrict__ partials, int32_t* __restrict__ counters) {
+    linear_backward_kernel(const __grid_constant__ Maps maps, const __grid_constant__ Nf4Weight weight,
+                           const __grid_constant__ Work work, float* __restrict__ partials, int32_t* __restrict__ counters) {
 #ifdef QLORA_SM90
   extern __shared__ uint8_t shared[];
   const uint32_t base = (shared_address(shared) + 1023u) & ~1023u;
@@ -262,7 +286,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     decode<T, kNested, kCluster>(weight, work, base, barriers, rank);
   } else {
     registers_take<184>();
-    multiply<T, kCluster>(&grad_map, &out_map, work, base, barriers, rank, partials, counters);
+    multiply<T, kCluster>(maps, work, base, barriers, rank, partials, counters);
   }
   if constexpr (kCluster > 1) {  // nobody leaves while the other may still write here
     __syncwarp();
@@ -272,8 +296,8 @@ __global__ void __launch_bounds__(kThreads, 1)
 }
 
 template <typename T, bool kNested, int kCluster>
-cudaError_t launch(const CUtensorMap& grad, const CUtensorMap& out, const Nf4Weight& weight, const Work& work,
-                   float* partials, int32_t* counters, cudaStream_t stream) {
+cudaError_t launch(const Maps& maps, const Nf4Weight& weight, const Work& work, float* partials, int32_t* counters,
+                   cudaStream_t stream) {
   const auto kernel = linear_backward_kernel<T, kNested, kCluster>;
   if (cudaError_t error =
           cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes)) {
@@ -291,15 +315,15 @@ cudaError_t launch(const CUtensorMap& grad, const CUtensorMap& out, const Nf4Wei
   config.stream = stream;
   config.attrs = &cluster;
   config.numAttrs = kCluster > 1 ? 1 : 0;
-  return cudaLaunchKernelEx(&config, kernel, grad, out, weight, work, partials, counters);
+  return cudaLaunchKernelEx(&config, kernel, maps, weight, work, partials, counters);
 }
 
 template <typename T>
-cudaError_t launch(int cluster, const CUtensorMap& grad, const CUtensorMap& out, const Nf4Weight& weight,
-                   const Work& work, float* partials, int32_t* counters, cudaStream_t stream) {
+cudaError_t launch(int cluster, const Maps& maps, const Nf4Weight& weight, const Work& work, float* partials,
+                   int32_t* counters, cudaStream_t stream) {
   const auto chosen = weight.absmax_codes ? (cluster > 1 ? launch<T, true, 2> : launch<T, true, 1>)
                                           : (cluster > 1 ? launch<T, false, 2> : launch<T, false, 1>);
-  return chosen(grad, out, weight, work, partials, counters, stream);
+  return chosen(maps, weight, work, partials, counters, stream);
 }
 
 // Whether this library has the kernels' code for the current device. Where it has only other code for it (9.0
@@ -329,10 +353,11 @@ cudaError_t code_is_there(bool* there) {
 
 bool aligned(const void* p, int bytes) { return reinterpret_cast<uintptr_t>(p) % bytes == 0; }
 
-Work cut(const BackwardPlan& plan, int64_t M, int64_t N, int64_t K) {
-  Work work;
+Work cut(const BackwardPlan& plan, int64_t M, int64_t N, int64_t K, int64_t rank) {
+  Work work{};
   work.M = int(M), work.N = int(N), work.K = int(K);
-  work.steps = int(ceil_div(N, kStep));
+  work.weight_steps = int(ceil_div(N, kStep));
+  work.steps = work.weight_steps + int(ceil_div(rank, kStep));
   work.column_tiles = int(ceil_div(K, kColumns));
   work.token_tiles = int(ceil_div(M, kTokens * plan.cluster));
   work.splits = plan.splits;
@@ -363,28 +388,36 @@ BackwardScratch linear_backward_sm90_scratch(const BackwardPlan& plan, int64_t M
   return {tiles * plan.splits * backward::kTokens * backward::kColumns, tiles * 2};
 }
 
-cudaError_t linear_nf4_backward_sm90(const void* grad, const Nf4Weight& weight, Dtype dtype, void* dx, int64_t M,
-                                     int64_t N, int64_t K, const BackwardPlan& plan, float* partials,
-                                     int32_t* counters, cudaStream_t stream) {
+cudaError_t linear_nf4_backward_sm90(const void* grad, const Nf4Weight& weight, const Adapter& adapter, Dtype dtype,
+                                     void* dx, bool add, int64_t M, int64_t N, int64_t K, const BackwardPlan& plan,
+                                     float* partials, int32_t* counters, cudaStream_t stream) {
   using namespace backward;
   if (M == 0 || K == 0) return cudaSuccess;
-  const Work work = cut(plan, M, N, K);
-  if (plan.cluster < 1 || plan.cluster > 2 || plan.splits < 1 || plan.splits > work.steps || plan.group < 1) {
+  Work work = cut(plan, M, N, K, adapter.rank);
+  work.adds = add;
+  if (plan.cluster < 1 || plan.cluster > 2 || plan.splits < 1 || plan.splits > work.weight_steps || plan.group < 1) {
     return cudaErrorInvalidValue;
   }
   const CUtensorMapDataType type = tile_type(dtype);
-  CUtensorMap grad_map, out_map;
+  Maps maps{};
   const TileMap grad_tiles{grad, type, uint64_t(N), uint64_t(M), uint64_t(N) * 2, kStep, kTokens, true};
   const TileMap out_tiles{dx, type, uint64_t(K), uint64_t(M), uint64_t(K) * 2, 64, kOutTokens, true};
-  if (cudaError_t error = encode(grad_tiles, &grad_map)) return error;
-  if (cudaError_t error = encode(out_tiles, &out_map)) return error;
+  if (cudaError_t error = encode(grad_tiles, &maps.grad)) return error;
+  if (cudaError_t error = encode(out_tiles, &maps.out)) return error;
+  if (adapter.rank > 0) {
+    const auto rank = uint64_t(adapter.rank);
+    const TileMap S_tiles{adapter.S, type, rank, uint64_t(M), uint64_t(adapter.pitch) * 2, kStep, kTokens, true};
+    const TileMap A_tiles{adapter.B, type, uint64_t(K), rank, uint64_t(K) * 2, 64, kStep, true};
+    if (cudaError_t error = encode(S_tiles, &maps.grad_S)) return error;
+    if (cudaError_t error = encode(A_tiles, &maps.A)) return error;
+  }
   if (plan.splits > 1) {
     const size_t bytes = size_t(linear_backward_sm90_scratch(plan, M, K).counters) * sizeof(int32_t);
     if (cudaError_t error = cudaMemsetAsync(counters, 0, bytes, stream)) return error;
   }
   return dtype == Dtype::kFloat16
-             ? launch<__half>(plan.cluster, grad_map, out_map, weight, work, partials, counters, stream)
-             : launch<__nv_bfloat16>(plan.cluster, grad_map, out_map, weight, work, partials, counters, stream);
+             ? launch<__half>(plan.cluster, maps, weight, work, partials, counters, stream)
+             : launch<__nv_bfloat16>(plan.cluster, maps, weight, work, partials, counters, stream);
 }
 
 }  // namespace qlora_engine::cuda

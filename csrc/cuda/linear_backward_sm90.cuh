@@ -33,12 +33,14 @@ static_assert(kSharedBytes <= 232448, "what a block of sm_90 may have");
 // tokens) and one part of the sum over N.
 struct Work {
   int M, N, K;
-  int steps;         // over N
+  int steps;         // over N, and then over the adapter's rank
+  int weight_steps;  // over N
   int column_tiles;  // of dX
   int token_tiles;   // of dX; of `cluster` tiles each
   int splits;        // parts of the sum
   int group;         // token tiles that are done together, for all columns: they find dY in the L2 cache
   int units;
+  bool adds;  // to what dX holds
 };
 
 struct Unit {
@@ -153,12 +155,13 @@ class Fetch {
         shift_(weight.log2_blocksize - 6),
         offset_(kNested ? __ldg(weight.nested_offset) : 0.f) {}
 
-  // Begins the copies of the walk's step into slot `slot`; always ends a group.
+  // Begins the copies of the walk's step into slot `slot`; always ends a group. Of an adapter's step there are none.
   __device__ __forceinline__ void begin(const Walk& walk, int slot) {
     bytes_ <<= 8;
     if (!walk.done()) {
       const int n = walk.step() * kStep + row_, run = 2 * walk.unit().column_tile + half_;  // a run: 64 columns
       const bool inside = n < work_.N && run * 64 < work_.K;
+      if (walk.step() >= work_.weight_steps) bytes_ |= kAdapter;
       const uint32_t flat = inside ? uint32_t(n) * uint32_t(work_.K / 64) + run : 0, block = flat >> shift_;
       const uint8_t* from = weight_.packed + size_t(flat) * 32;
       const uint32_t to = at_ + slot * kFetchedBytes, word_to = word_at_ + slot * kFetchedBytes;
@@ -175,6 +178,9 @@ class Fetch {
     }
     copies_commit();
   }
+
+  // Whether the step that the last begin() but kFetched - 1 was called for is an adapter's.
+  __device__ __forceinline__ bool adapter() const { return bytes_ >> (kFetched - 1) * 8 & kAdapter; }
 
   // What the last begin() but kFetched - 1 copied, in three steps, so that other work may hide the accesses of each:
   // the words of W and what the scale is made of, ...
@@ -199,6 +205,8 @@ class Fetch {
   }
 
  private:
+  static constexpr uint32_t kAdapter = 4;  // in a byte of bytes_
+
   const Nf4Weight& weight_;
   const Work& work_;
   uint32_t at_, word_at_, map_;

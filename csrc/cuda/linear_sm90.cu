@@ -1,5 +1,5 @@
 // Product with a 4-bit weight on Hopper: y[m, n] = sum_k x[m, k] * round(level[code[n, k]] * absmax[n, block(k)])
-// (+ bias[n]), without a decoded copy of W.
+// (+ bias[n]), without a decoded copy of W. With an adapter y += S B^T, S [M, r] and B [N, r].
 //
 // The roles are swapped: a tile of y transposed is W (operand A, decoded straight into registers) times x transposed
 // (operand B, a swizzled tile in shared memory). No decoded tile exists even in shared memory.
@@ -16,6 +16,8 @@
 //   columns 8 w + 2 t and 8 w + 2 t + 1, just what A holds.
 //   Many tokens (128, 256): one block a multiprocessor; the products of K-tile k run while K-tile k + 1 is decoded into
 //   the other set of A registers. Few (16, 32, 64): two blocks a multiprocessor, one set.
+//   An adapter's products come last, in the same sums: a lane loads its rows of B into A registers, and S comes as tiles
+//   of 64 columns to where y will be staged. Both are under way while the last K-tiles are multiplied.
 //   A cluster that divides K leaves its partial sums in shared memory; each block adds up a part of the tile in the
 //   order of the splits, so that results repeat.
 //
@@ -32,12 +34,13 @@ namespace sm90 {
 template <typename T, int kTokens, int kStages, int kPair>
 __global__ void __launch_bounds__(kThreads, Tiling<T, kTokens, kStages, kPair>::kResident)
     linear_sm90_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_constant__ CUtensorMap packed_map,
-                       const __grid_constant__ CUtensorMap y_map, const FusedProblem p) {
+                       const __grid_constant__ CUtensorMap y_map, const __grid_constant__ CUtensorMap S_map,
+                       const FusedProblem p) {
 #ifdef QLORA_SM90
   using Tile = Tiling<T, kTokens, kStages, kPair>;
   extern __shared__ char memory[];
   // static, so that the host can see whether this body was compiled (see compiled_for_sm90)
-  __shared__ uint64_t barriers[2 * kStages];
+  __shared__ uint64_t barriers[2 * kStages + 2];
   const uint32_t base = (shared_address(memory) + 1023u) & ~1023u;
   const int warpgroup = threadIdx.x / 128, lane = threadIdx.x % 32;
   const int warp = __shfl_sync(kWholeWarp, int(threadIdx.x / 32), 0);
@@ -51,6 +54,7 @@ __global__ void __launch_bounds__(kThreads, Tiling<T, kTokens, kStages, kPair>::
   block.map = base + Tile::kMap;
   block.full = shared_address(barriers);
   block.empty = block.full + kStages * 8;
+  block.adapter = block.empty + kStages * 8;
   block.rank = cluster > 1 ? cluster_rank() : 0;
   block.first_tile = int(blockIdx.x) / cluster;
   block.tile_step = int(gridDim.x) / cluster;
@@ -63,6 +67,7 @@ __global__ void __launch_bounds__(kThreads, Tiling<T, kTokens, kStages, kPair>::
       barrier_init(block.full + i * 8, 2);  // the copies, the tables
       barrier_init(block.empty + i * 8, kConsumerWarps * kPair);
     }
+    for (int i = 0; i < 2; ++i) barrier_init(block.adapter + i * 8, 1);
     barrier_init_fence();
   }
   __syncthreads();
@@ -82,7 +87,7 @@ __global__ void __launch_bounds__(kThreads, Tiling<T, kTokens, kStages, kPair>::
     }
   } else {
     registers_take<Tile::kConsumerRegisters>();
-    Consumer<Tile>(p, block, warpgroup - 1).run(&y_map);
+    Consumer<Tile>(p, block, warpgroup - 1, &S_map).run(&y_map);
   }
   if (kPair > 1) cluster_sync();  // nothing arrives at a block that has ended
 #endif
@@ -98,7 +103,8 @@ constexpr int kDevices = 64;
 bool aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
 
 template <typename T, int kTokens, int kStages, int kPair>
-cudaError_t launch(const void* x, const Nf4Weight& weight, sm90::FusedProblem p, Dtype dtype, cudaStream_t stream) {
+cudaError_t launch(const void* x, const Nf4Weight& weight, const Adapter& adapter, sm90::FusedProblem p, Dtype dtype,
+                   cudaStream_t stream) {
   using Tile = sm90::Tiling<T, kTokens, kStages, kPair>;
   const auto kernel = sm90::linear_sm90_kernel<T, kTokens, kStages, kPair>;
   int device = 0, multiprocessor_count = 0;
@@ -123,7 +129,7 @@ cudaError_t launch(const void* x, const Nf4Weight& weight, sm90::FusedProblem p,
 
   const uint64_t K = uint64_t(p.k_tiles) * sm90::kTileColumns;
   const auto M = uint64_t(p.M), N = uint64_t(p.N);
-  CUtensorMap x_map, packed_map, y_map{};
+  CUtensorMap x_map, packed_map, y_map{}, S_map{};
   const TileMap x_tiles{x, tile_type(dtype), K, M, K * 2, sm90::kTileColumns, kTokens / kPair, true};
   const TileMap packed_tiles{
       weight.packed, CU_TENSOR_MAP_DATA_TYPE_UINT8, K / 2, N, K / 2, sm90::kTileColumns / 2, sm90::kTileRows, true};
@@ -132,6 +138,11 @@ cudaError_t launch(const void* x, const Nf4Weight& weight, sm90::FusedProblem p,
   if (cudaError_t error = encode(packed_tiles, &packed_map)) return error;
   if (p.store_tiles) {
     if (cudaError_t error = encode(y_tiles, &y_map)) return error;
+  }
+  if (adapter.rank > 0) {
+    const TileMap S_tiles{adapter.S, tile_type(dtype), uint64_t(adapter.rank), M, uint64_t(adapter.pitch) * 2,
+                          sm90::kTileColumns, kTokens, true};
+    if (cudaError_t error = encode(S_tiles, &S_map)) return error;
   }
 
   cudaLaunchConfig_t config = {};
@@ -145,20 +156,20 @@ cudaError_t launch(const void* x, const Nf4Weight& weight, sm90::FusedProblem p,
   attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
   config.attrs = &attribute;
   config.numAttrs = cluster > 1 ? 1 : 0;
-  return cudaLaunchKernelEx(&config, kernel, x_map, packed_map, y_map, p);
+  return cudaLaunchKernelEx(&config, kernel, x_map, packed_map, y_map, S_map, p);
 }
 
 template <typename T>
-cudaError_t launch_config(const void* x, const Nf4Weight& weight, const sm90::FusedProblem& p, Dtype dtype,
-                          const FusedConfig& config, cudaStream_t stream) {
+cudaError_t launch_config(const void* x, const Nf4Weight& weight, const Adapter& adapter, const sm90::FusedProblem& p,
+                          Dtype dtype, const FusedConfig& config, cudaStream_t stream) {
   switch (config.tokens) {
-    case 16: return launch<T, 16, 8, 1>(x, weight, p, dtype, stream);
-    case 32: return launch<T, 32, 8, 1>(x, weight, p, dtype, stream);
-    case 64: return launch<T, 64, 4, 1>(x, weight, p, dtype, stream);
-    case 128: return launch<T, 128, 8, 1>(x, weight, p, dtype, stream);
+    case 16: return launch<T, 16, 8, 1>(x, weight, adapter, p, dtype, stream);
+    case 32: return launch<T, 32, 8, 1>(x, weight, adapter, p, dtype, stream);
+    case 64: return launch<T, 64, 4, 1>(x, weight, adapter, p, dtype, stream);
+    case 128: return launch<T, 128, 8, 1>(x, weight, adapter, p, dtype, stream);
     default:
-      return config.pair == 2 ? launch<T, 256, 4, 2>(x, weight, p, dtype, stream)
-                              : launch<T, 256, 4, 1>(x, weight, p, dtype, stream);
+      return config.pair == 2 ? launch<T, 256, 4, 2>(x, weight, adapter, p, dtype, stream)
+                              : launch<T, 256, 4, 1>(x, weight, adapter, p, dtype, stream);
   }
 }
 
@@ -190,9 +201,10 @@ bool fused_fits(const Nf4Weight& weight, Dtype dtype, int64_t M, int64_t N, int6
   return blocksize >= sm90::kTileColumns && K % blocksize == 0 && aligned(weight.packed) && fused_available();
 }
 
-cudaError_t linear_nf4_sm90(const void* x, const Nf4Weight& weight, const void* bias, Dtype dtype, void* y, int64_t M,
-                            int64_t N, int64_t K, const FusedConfig& config, cudaStream_t stream) {
-  if (!valid_config(config) || !aligned(x)) return cudaErrorInvalidValue;
+cudaError_t linear_nf4_sm90(const void* x, const Nf4Weight& weight, const void* bias, const Adapter& adapter,
+                            Dtype dtype, void* y, int64_t M, int64_t N, int64_t K, const FusedConfig& config,
+                            cudaStream_t stream) {
+  if (!valid_config(config) || !aligned(x) || adapter.rank % 8 != 0) return cudaErrorInvalidValue;
   sm90::FusedProblem p{};
   p.absmax = weight.absmax;
   p.absmax_codes = weight.absmax_codes;
@@ -206,8 +218,10 @@ cudaError_t linear_nf4_sm90(const void* x, const Nf4Weight& weight, const void* 
   p.k_tiles = int(K / sm90::kTileColumns);
   p.splits = config.splits;
   p.store_tiles = N % 8 == 0 && aligned(y);
-  return dtype == Dtype::kFloat16 ? launch_config<__half>(x, weight, p, dtype, config, stream)
-                                  : launch_config<__nv_bfloat16>(x, weight, p, dtype, config, stream);
+  p.lora_B = adapter.B;
+  p.lora_rank = int(adapter.rank);
+  return dtype == Dtype::kFloat16 ? launch_config<__half>(x, weight, adapter, p, dtype, config, stream)
+                                  : launch_config<__nv_bfloat16>(x, weight, adapter, p, dtype, config, stream);
 }
 
 }  // namespace qlora_engine::cuda

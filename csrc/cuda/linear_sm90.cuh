@@ -1,6 +1,6 @@
 // Parts of the fused product in linear_sm90.cu: how the work is cut, the shared memory, tables of products, decoding.
 #pragma once
-#include "decode.cuh"
+#include "product_table.cuh"
 #include "sm90.cuh"
 
 namespace qlora_engine::cuda::sm90 {
@@ -26,6 +26,8 @@ struct FusedProblem {
   int token_tiles, row_tiles;     // a row tile of a pair of blocks that share x counts once
   int splits;                     // blocks of a cluster that divide K
   bool store_tiles;               // y's pitch is a multiple of 16 bytes
+  const void* lora_B;             // [N, lora_rank], of the adapter
+  int lora_rank;                  // 0: no adapter
 };
 
 // One tile of y and the K-tiles [begin, end) that go into it; those from k_tiles on are padding, and zero.
@@ -92,58 +94,6 @@ struct RingPosition {
 
 #ifdef QLORA_SM90
 
-__device__ __forceinline__ uint32_t permute(uint32_t a, uint32_t b, uint32_t selector) {
-  uint32_t r;  // no mask around the selector, unlike __byte_perm
-  asm("prmt.b32 %0, %1, %2, %3;" : "=r"(r) : "r"(a), "r"(b), "r"(selector));
-  return r;
-}
-
-// The 16 products of a row in one K-tile, each rounded once to T: their low bytes, their high bytes.
-struct ProductTable {
-  uint4 low, high;
-};
-
-template <typename T>
-__device__ __forceinline__ ProductTable product_table(float scale) {
-  constexpr float kLevels[16] = {QLORA_NF4_LEVELS};
-  uint32_t pairs[8], low[4], high[4];
-#pragma unroll
-  for (int i = 0; i < 8; ++i) {
-    pairs[i] = pack_pair<T>(multiply_ftz(kLevels[2 * i], scale), multiply_ftz(kLevels[2 * i + 1], scale));
-  }
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    low[i] = permute(pairs[2 * i], pairs[2 * i + 1], 0x6420);
-    high[i] = permute(pairs[2 * i], pairs[2 * i + 1], 0x7531);
-  }
-  return {make_uint4(low[0], low[1], low[2], low[3]), make_uint4(high[0], high[1], high[2], high[3])};
-}
-
-// Four bytes of codes, prepared for look-ups: where in an 8-entry half of the table, and which half.
-struct LookUp {
-  uint32_t index, half;
-};
-
-// Byte `t` of each of four words: the codes of columns 2t, 2t + 1 of four groups of eight.
-__device__ __forceinline__ LookUp look_up(uint4 words, uint32_t byte_pair) {
-  const uint32_t codes =
-      permute(permute(words.x, words.y, byte_pair), permute(words.z, words.w, byte_pair), 0x5410);
-  return {codes & 0x77777777u, ((codes & 0x88888888u) | 0x64206420u) >> 1};
-}
-
-// Two bytes of codes (the low halves of `index` and `half`) -> two pairs of weights, as A registers hold them.
-// Volatile: keeps its place between the products.
-__device__ __forceinline__ void decode_pairs(const ProductTable& table, uint32_t index, uint32_t half, uint32_t& first,
-                                             uint32_t& second) {
-  asm volatile(
-      "{\n.reg .b32 a, b, c, d;\n"
-      "prmt.b32 a, %2, %3, %10;\nprmt.b32 b, %4, %5, %10;\nprmt.b32 c, %6, %7, %10;\nprmt.b32 d, %8, %9, %10;\n"
-      "prmt.b32 a, a, b, %11;\nprmt.b32 c, c, d, %11;\nprmt.b32 %0, a, c, 0x4051;\nprmt.b32 %1, a, c, 0x6273;\n}"
-      : "=r"(first), "=r"(second)
-      : "r"(table.low.x), "r"(table.low.y), "r"(table.low.z), "r"(table.low.w), "r"(table.high.x),
-        "r"(table.high.y), "r"(table.high.z), "r"(table.high.w), "r"(index), "r"(half));
-}
-
 // What a lane needs to decode its two rows (r and r + 8) of a stage.
 struct StageCodes {
   ProductTable tables[2];
@@ -178,6 +128,7 @@ template <typename Tile>
 struct Block {
   uint32_t x, out, packed, table, map;
   uint32_t full, empty;  // barriers, 8 bytes a stage
+  uint32_t adapter;      // barriers, 8 bytes a consumer warpgroup: a tile of S is there
   uint32_t rank;         // in the cluster
   int first_tile, tile_step, tiles, split;
 

@@ -19,9 +19,13 @@ struct Consumer {
   const uint32_t near, far;       // offsets of the two 16-byte parts of this lane's first row, as swizzled
   const uint32_t byte_pair;
   const uint64_t x_tile;
+  const CUtensorMap* const S_map;
+  const bool adds_adapter;  // of a cluster that divides K, the last block does
+  uint32_t adapter_parity = 0;
   float sums[kTokens / 2];
 
-  __device__ __forceinline__ Consumer(const FusedProblem& problem, const Block<Tile>& shared, int warpgroup)
+  __device__ __forceinline__ Consumer(const FusedProblem& problem, const Block<Tile>& shared, int warpgroup,
+                                      const CUtensorMap* adapter_map)
       : p(problem),
         block(shared),
         group(warpgroup),
@@ -30,7 +34,9 @@ struct Consumer {
         near(row() * 32 + ((row() >> 2) & 1) * 16),
         far(near ^ 16),
         byte_pair(uint32_t(lane % 4) | uint32_t(lane % 4 + 4) << 4),
-        x_tile(swizzled_tile(shared.x)) {}
+        x_tile(swizzled_tile(shared.x)),
+        S_map(adapter_map),
+        adds_adapter(problem.lora_rank > 0 && shared.split == problem.splits - 1) {}
 
   // The first of this lane's two rows, in the tile; the other is 8 further.
   __device__ __forceinline__ int row() const { return group * 64 + thread / 32 * 16 + lane / 4; }
@@ -61,11 +67,59 @@ struct Consumer {
     for (int i = 0; i < kTokens / 2; ++i) sums[i] = 0.f;
   }
 
+  // Begins the copy of 64 columns of S to where y is staged, once the tile before has left it.
+  __device__ __forceinline__ void begin_adapter(const WorkUnit& unit, int column) const {
+    join();
+    if (thread == 0) {
+      stores_wait_read<0>();
+      const uint32_t there = block.adapter + group * 8;
+      barrier_arrive_expecting(there, Tile::kXBytes);
+      tile_load(out(), S_map, column, unit.token_tile * kTokens, there);
+    }
+    __syncwarp();
+  }
+  // A registers of B's columns from `column` on.
+  __device__ __forceinline__ void load_adapter(uint32_t* a, const WorkUnit& unit, int column) const {
+    const T* b = static_cast<const T*>(p.lora_B) + column + lane % 4 * 2;
+    const int n0 = block.row0(unit) + row(), columns = p.lora_rank - column - lane % 4 * 2;
+#pragma unroll
+    for (int i = 0; i < 16; ++i) {
+      const int n = n0 + i % 2 * 8, k = i / 4 * 16 + i / 2 % 2 * 8;
+      const bool inside = n < p.N && k < columns;
+      a[i] = inside ? __ldg(reinterpret_cast<const uint32_t*>(b + int64_t(n) * p.lora_rank + k)) : 0u;
+    }
+  }
+  // Issues the products of the adapter, of which the first tile of S is under way; the last are not waited for.
+  __device__ __forceinline__ void multiply_adapter(uint32_t* a, const WorkUnit& unit) {
+    const uint64_t S_tile = swizzled_tile(out());
+    const auto multiply_columns = [&](int i) {
+      product_fence();
+      Product<T, kTokens>::rs(sums, a[4 * i], a[4 * i + 1], a[4 * i + 2], a[4 * i + 3], S_tile + uint64_t(2 * i), 1);
+    };
+    for (int column = 0; column < p.lora_rank; column += kTileColumns) {
+      if (column > 0) {
+        product_wait<0>();
+        hold();
+        begin_adapter(unit, column);
+      }
+      load_adapter(a, unit, column);
+      barrier_wait(block.adapter + group * 8, adapter_parity);
+      adapter_parity ^= 1;
+      multiply_columns(0);
+      if (p.lora_rank - column > 16) {
+#pragma unroll
+        for (int i = 1; i < 4; ++i) multiply_columns(i);
+      }
+      product_commit();
+    }
+  }
+
   // Few tokens: a product is issued as soon as its 16 columns are decoded, into registers that the product four
   // before has left.
   __device__ __forceinline__ void accumulate_few(const WorkUnit& unit, RingPosition<kStages>& ring) {
     uint32_t a[16], previous = kNoStage;
     for (int k = unit.begin; k < unit.end; ++k) {
+      if (k == unit.end - 1 && adds_adapter) begin_adapter(unit, 0);
       barrier_wait(block.full + ring.stage * 8, ring.parity);
       StageCodes codes;
       load(codes, ring.stage);
@@ -83,6 +137,11 @@ struct Consumer {
     product_wait<0>();
     hold();
     if (previous != kNoStage) release(previous);
+    if (adds_adapter) {
+      multiply_adapter(a, unit);
+      product_wait<0>();
+      hold();
+    }
   }
 
   // Many tokens: stages in fours. `fours` counts them, `stage(s)` is stage s of the current four: s = -1 is the last
@@ -174,6 +233,7 @@ struct Consumer {
       release_previous = true;
       fours.next();
     }
+    if (adds_adapter) begin_adapter(unit, 0);
     step(fours, 0, even, odd, ready, release_previous);
     step(fours, 1, odd, even, ready, true);
     step(fours, 2, even, odd, ready, true);
@@ -182,6 +242,7 @@ struct Consumer {
     product_commit();
     product_wait<1>();
     release(fours.stage(2));
+    if (adds_adapter) multiply_adapter(even, unit);  // its copies and loads meet the products of the last stage
     product_wait<0>();
     hold();
     release(fours.stage(3));

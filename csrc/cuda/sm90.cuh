@@ -99,6 +99,12 @@ __device__ __forceinline__ void bulk_copy_remote(uint32_t to, uint32_t from, uin
       "r"(from), "r"(bytes), "r"(barrier), "r"(rank)
       : "memory");
 }
+// Adds a tile to what lies there, in the matrix's dtype.
+__device__ __forceinline__ void tile_add(const CUtensorMap* map, int x, int y, uint32_t from) {
+  asm volatile("cp.reduce.async.bulk.tensor.2d.global.shared::cta.add.tile.bulk_group [%0, {%1, %2}], [%3];" ::"l"(map),
+               "r"(x), "r"(y), "r"(from)
+               : "memory");
+}
 __device__ __forceinline__ void stores_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
 // Until all but kPending groups have been read out of shared memory.
 template <int kPending>

@@ -1,9 +1,14 @@
-"""Triton kernels of the operators, imported when one first runs on a GPU; `ops.backend` decides whether."""
+"""Triton kernels of the operators, imported when one first runs on a GPU; `ops.backend` decides whether.
+
+QLORA_ENGINE_LORA=auto (default) | triton | blas decides who computes adapters' narrow products: `blas` is cuBLAS but
+for dropout, `triton` a kernel for every one of them.
+"""
 
 import functools
 import importlib
 import importlib.metadata
 import importlib.util
+import os
 from collections.abc import Callable
 
 OLDEST_TRITON = (3, 6)
@@ -16,6 +21,18 @@ _HOMES = {
     "gated_activation_backward": "gated",
     "gated_activation_backward_inplace": "gated",
 }
+# Elements of a wide matrix from which one pass instead of two is worth a kernel: 32 MiB, 11 us of an H100's bandwidth
+LARGE = 1 << 24
+ONE_READ_RANK = 32  # up to it, one read of dY takes less time than two products of cuBLAS
+CHOICE_VARIABLE = "QLORA_ENGINE_LORA"
+adapter_choice = os.environ.get(CHOICE_VARIABLE, "auto")
+if adapter_choice not in ("auto", "triton", "blas"):
+    raise ValueError(f"{CHOICE_VARIABLE}={adapter_choice!r}; expected auto, triton or blas")
+
+
+def one_read_pays(M: int, N: int, rank: int) -> bool:
+    """Whether `lora_grad_B`'s kernel is to serve an output's gradient [M, N], where nothing forces the choice."""
+    return M * N >= LARGE and rank <= ONE_READ_RANK
 
 
 def operators() -> frozenset[str]:

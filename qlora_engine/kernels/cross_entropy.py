@@ -13,6 +13,8 @@ from qlora_engine.kernels.launch import on_device
 
 BLOCK = 4096
 WARPS = 8
+# a column belongs to one thread alone: another's copy of it could be read when the gradient is there already
+SMALLEST_BLOCK = 32 * WARPS
 
 
 @triton.jit
@@ -85,6 +87,6 @@ def cross_entropy_(
             logits.stride(0),
             ignore_index,
             GRADIENT=gradient,
-            BLOCK=min(BLOCK, triton.next_power_of_2(V)),
+            BLOCK=max(SMALLEST_BLOCK, min(BLOCK, triton.next_power_of_2(V))),
             num_warps=WARPS,
         )

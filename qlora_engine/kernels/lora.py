@@ -5,15 +5,15 @@ programs to fill the card; the partition follows from shapes, so results repeat 
 
 Without dropout cuBLAS reads the wide operand once for one product as fast as memory gives it, and its call costs the
 host less than a Triton launch. So the kernels serve dropout, and what one pass over a large matrix saves.
-QLORA_ENGINE_LORA=auto (default) | triton | blas (no kernel where there is no dropout) forces the choice.
+QLORA_ENGINE_LORA (`kernels/__init__.py`) forces the choice.
 """
 
-import os
 from typing import NamedTuple
 
 import torch
 import triton
 
+from qlora_engine import kernels
 from qlora_engine.kernels.launch import MULTIPROCESSORS, on_device, precision, rank_block, sum_partials
 from qlora_engine.kernels.lora_kernels import (
     lora_add_kernel,
@@ -26,17 +26,11 @@ from qlora_engine.reference.dropout import keep_scale, threshold
 
 # One read of dY gives dS and dB up to this rank; beyond, the partials of dS weigh more than a second read
 LARGEST_SHARED_RANK = 64
-# Elements of a wide matrix from which one pass instead of two is worth a kernel: 32 MiB, 11 us of an H100's bandwidth
-LARGE = 1 << 24
-ONE_READ_RANK = 32  # up to it, one read of dY takes less time than two products of cuBLAS
-CHOICE_VARIABLE = "QLORA_ENGINE_LORA"
-_choice = os.environ.get(CHOICE_VARIABLE, "auto")
-if _choice not in ("auto", "triton", "blas"):
-    raise ValueError(f"{CHOICE_VARIABLE}={_choice!r}; expected auto, triton or blas")
 
 
 def _use_kernel(dropout_p: float, saves_a_pass: bool) -> bool:
-    return dropout_p > 0 or (saves_a_pass if _choice == "auto" else _choice == "triton")
+    choice = kernels.adapter_choice
+    return dropout_p > 0 or (saves_a_pass if choice == "auto" else choice == "triton")
 
 
 class Tiles(NamedTuple):
@@ -157,7 +151,7 @@ def lora_add(
 ) -> None:
     """See `qlora_engine.ops.lora_add`."""
     (M, N), rank = y.shape, S.shape[1]
-    if not _use_kernel(dropout_p, M * N >= LARGE or len(addends) > 1):
+    if not _use_kernel(dropout_p, M * N >= kernels.LARGE or len(addends) > 1):
         return blas.lora_add(y, S, lora_B, scaling, addends, dropout_p, seed)
     if not y.numel():
         return
@@ -195,7 +189,7 @@ def lora_grad_B(
 ) -> torch.Tensor:
     """See `qlora_engine.ops.lora_grad_B`."""
     (M, N), rank = grad.shape, S.shape[1]
-    if not _use_kernel(0.0, M * N >= LARGE and rank <= ONE_READ_RANK):
+    if not _use_kernel(0.0, kernels.one_read_pays(M, N, rank)):
         return blas.lora_grad_B(grad, S, lora_B, scaling, grad_S)
     out = torch.empty(N, rank, dtype=lora_B.dtype, device=grad.device)
     if not M or not N:

@@ -13,8 +13,9 @@ from pathlib import Path
 import torch
 
 from qlora_engine import kernels
-from qlora_engine.ops.schema import ADAPTER_SCHEMAS, NAMESPACE, OPTIMIZER_SCHEMAS, SCHEMAS
+from qlora_engine.ops.schema import ADAPTER_SCHEMAS, LAYER_SCHEMAS, NAMESPACE, OPTIMIZER_SCHEMAS, SCHEMAS
 from qlora_engine.reference import adamw as _adamw
+from qlora_engine.reference import adapter as _adapter
 from qlora_engine.reference import dequantize as _dequantize
 from qlora_engine.reference import gated as _gated
 from qlora_engine.reference import host_memory as _memory
@@ -32,7 +33,10 @@ _REFERENCE = {
     "dequantize_nf4": _dequantize.dequantize_nf4,
     "dequantize_absmax": _dequantize.dequantize_absmax,
     "linear_nf4": _linear.linear_nf4,
+    "linear_nf4_lora": _linear.linear_nf4_lora,
     "linear_nf4_backward": _linear.linear_nf4_backward,
+    "linear_nf4_backward_lora": _linear.linear_nf4_backward_lora,
+    "linear_nf4_backward_add": _linear.linear_nf4_backward_add,
     "lora_down": _lora.lora_down,
     "lora_add": _lora.lora_add,
     "lora_grad_B": _lora.lora_grad_B,
@@ -40,6 +44,9 @@ _REFERENCE = {
     "gated_activation": _gated.gated_activation,
     "gated_activation_backward": _gated.gated_activation_backward,
     "gated_activation_backward_inplace": _gated.gated_activation_backward_inplace,
+    "adapter_forward": _adapter.adapter_forward,
+    "adapter_backward_S": _adapter.adapter_backward_S,
+    "adapter_backward_x": _adapter.adapter_backward_x,
     "adamw_step": _adamw.adamw_step,
     "gradient_norm": _adamw.gradient_norm,
     "concurrent_managed_access": _memory.concurrent_managed_access,
@@ -124,11 +131,16 @@ def reference_function(name: str):
     return _REFERENCE[name]
 
 
-def reference_operator(name: str):
-    """The reference of an operator behind the argument checks that the compiled operators make themselves."""
+def _check_of(name: str):
+    from qlora_engine.ops.adapter_checks import ADAPTER_CHECKS
     from qlora_engine.ops.checks import CHECKS
 
-    function, check = _REFERENCE[name], CHECKS[name]
+    return (CHECKS | ADAPTER_CHECKS)[name]
+
+
+def reference_operator(name: str):
+    """The reference of an operator behind the argument checks that the compiled operators make themselves."""
+    function, check = _REFERENCE[name], _check_of(name)
 
     def call(*arguments):
         check(*arguments)
@@ -139,9 +151,7 @@ def reference_operator(name: str):
 
 def triton_operator(name: str):
     """An operator's Triton kernel behind its argument checks; the kernel is imported by the first call."""
-    from qlora_engine.ops.checks import CHECKS
-
-    check = CHECKS[name]
+    check = _check_of(name)
 
     def call(*arguments):
         check(*arguments)
@@ -156,7 +166,7 @@ def _uses_triton(name: str, device: str) -> bool:
 
 
 def _register() -> None:
-    schemas = {**SCHEMAS, **ADAPTER_SCHEMAS, **OPTIMIZER_SCHEMAS}
+    schemas = {**SCHEMAS, **ADAPTER_SCHEMAS, **LAYER_SCHEMAS, **OPTIMIZER_SCHEMAS}
     for name, schema in schemas.items():
         torch.library.define(f"{NAMESPACE}::{name}", schema)
     _load_library()

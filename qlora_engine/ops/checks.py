@@ -94,8 +94,9 @@ def dequantize_absmax(quantized, nested_absmax, nested_offset, blocksize) -> Non
     check_tensor(op, "nested_offset", nested_offset, torch.float32, 1, quantized)
 
 
-def linear_nf4(x, packed, absmax, nested_absmax, nested_offset, blocksize, out_features, bias) -> None:
-    op = "linear_nf4"
+def linear_nf4(
+    x, packed, absmax, nested_absmax, nested_offset, blocksize, out_features, bias, op="linear_nf4"
+) -> None:
     check_compute_dtype(op, "x", x.dtype)
     if x.dim() == 0:
         raise RuntimeError(f"{op}: x has no dimensions; expected [..., in_features]")
@@ -105,13 +106,55 @@ def linear_nf4(x, packed, absmax, nested_absmax, nested_offset, blocksize, out_f
         check_tensor(op, "bias", bias, x.dtype, out_features, x)
 
 
-def linear_nf4_backward(grad, packed, absmax, nested_absmax, nested_offset, blocksize, in_features) -> None:
-    op = "linear_nf4_backward"
+def _check_low_rank(op, S_name, S, B_name, B, rows, columns, rank_axis) -> None:
+    """A low-rank addition to a product of `rows` [..., K] with `columns` columns; rows of S may be strided."""
+    for name, matrix in ((B_name, B), (S_name, S)):
+        if matrix.dim() != 2:
+            raise RuntimeError(f"{op}: {name} has {matrix.dim()} dimensions; expected 2")
+    rank, M = B.shape[rank_axis], math.prod(rows.shape[:-1])
+    check_tensor(op, B_name, B, rows.dtype, columns * rank, rows)
+    if tuple(S.shape) != (M, rank):
+        raise RuntimeError(f"{op}: {S_name} is [{S.shape[0]}, {S.shape[1]}]; expected [{M}, {rank}]")
+    _check_narrow(op, S_name, S)
+    if S.dtype != rows.dtype:
+        raise RuntimeError(f"{op}: {S_name} is {_name(S.dtype)}; expected {_name(rows.dtype)}")
+    if S.device != rows.device:
+        raise RuntimeError(f"{op}: {S_name} is on another device; move the input and the adapter to one device")
+
+
+def linear_nf4_lora(x, packed, absmax, nested_absmax, nested_offset, blocksize, out_features, S, B, bias) -> None:
+    op = "linear_nf4_lora"
+    linear_nf4(x, packed, absmax, nested_absmax, nested_offset, blocksize, out_features, bias, op)
+    _check_low_rank(op, "S", S, "B", B, x, out_features, 1)
+
+
+def linear_nf4_backward(
+    grad, packed, absmax, nested_absmax, nested_offset, blocksize, in_features, op="linear_nf4_backward"
+) -> None:
     check_compute_dtype(op, "grad", grad.dtype)
     if grad.dim() == 0:
         raise RuntimeError(f"{op}: grad has no dimensions; expected [..., out_features]")
     numel = grad.shape[-1] * in_features
     check_nf4(op, packed, absmax, nested_absmax, nested_offset, blocksize, numel, grad)
+
+
+def linear_nf4_backward_lora(
+    grad, packed, absmax, nested_absmax, nested_offset, blocksize, in_features, dS, A, addend
+) -> None:
+    op = "linear_nf4_backward_lora"
+    linear_nf4_backward(grad, packed, absmax, nested_absmax, nested_offset, blocksize, in_features, op)
+    _check_low_rank(op, "dS", dS, "A", A, grad, in_features, 0)
+    if addend is not None:
+        check_tensor(op, "addend", addend, grad.dtype, math.prod(grad.shape[:-1]) * in_features, grad)
+
+
+def linear_nf4_backward_add(dx, grad, packed, absmax, nested_absmax, nested_offset, blocksize) -> None:
+    op = "linear_nf4_backward_add"
+    if dx.dim() == 0:
+        raise RuntimeError(f"{op}: dx has no dimensions; expected [..., in_features]")
+    in_features = dx.shape[-1]
+    linear_nf4_backward(grad, packed, absmax, nested_absmax, nested_offset, blocksize, in_features, op)
+    check_tensor(op, "dx", dx, grad.dtype, math.prod(grad.shape[:-1]) * in_features, grad)
 
 
 def check_gradients(op, grads, params=None) -> None:
@@ -316,5 +359,8 @@ CHECKS = {
     "quantize_absmax": quantize_absmax,
     "dequantize_absmax": dequantize_absmax,
     "linear_nf4": linear_nf4,
+    "linear_nf4_lora": linear_nf4_lora,
     "linear_nf4_backward": linear_nf4_backward,
+    "linear_nf4_backward_lora": linear_nf4_backward_lora,
+    "linear_nf4_backward_add": linear_nf4_backward_add,
 }

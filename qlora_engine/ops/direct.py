@@ -11,8 +11,9 @@ import torch
 
 from qlora_engine import kernels
 from qlora_engine.ops import backend
-from qlora_engine.ops.schema import SCHEMAS
+from qlora_engine.ops.schema import LAYER_SCHEMAS, SCHEMAS
 
+_HAS_TRITON = kernels.why_not() is None  # asked once: a cached function is more than torch.compile can trace
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
 _implementations: dict[tuple[str, str], Callable] = {}
 
@@ -27,9 +28,23 @@ def operator(name: str, x: torch.Tensor) -> Callable:
     return _implementations[place]
 
 
+def serves_layers(device: str) -> bool:
+    """Whether the `adapter_*` operators are compiled for a device, and Triton's kernels not asked for instead."""
+    return (
+        device == "cuda"
+        and backend.implementation("adapter_forward", device) == "compiled"
+        and kernels.adapter_choice != "triton"
+    )
+
+
+def one_read_pays(grad: torch.Tensor, lora_B: torch.Tensor) -> bool:
+    """Whether Triton's kernel, which reads a gradient once for dS and dB, beats two products of cuBLAS."""
+    return _HAS_TRITON and kernels.adapter_choice == "auto" and kernels.one_read_pays(*grad.shape, lora_B.shape[1])
+
+
 def _implementation(name: str, device: str) -> Callable:
     registered = getattr(torch.ops.qlora_engine, name).default
-    if name in SCHEMAS:
+    if name in SCHEMAS or name in LAYER_SCHEMAS:
         return _below_autograd(registered)
     if device not in ("cpu", "cuda"):
         return registered

@@ -1,4 +1,4 @@
-"""`linear_nf4`: products with a 4-bit weight, and their gradient with respect to the input."""
+"""`linear_nf4`: products with a 4-bit weight, their gradient with respect to the input, and both with an adapter."""
 
 import ctypes
 from typing import NamedTuple
@@ -32,6 +32,7 @@ def linear_path(
     dtype: torch.dtype,
     blocksize: int = 64,
     device: torch.device | str | int = "cuda",
+    adapter: bool = False,
 ) -> LinearPath:
     """Which way `linear_nf4` takes on a GPU for x `[M, K]` and W `[N, K]`, where all addresses are aligned.
 
@@ -46,6 +47,7 @@ def linear_path(
         dtype: of x: float16, bfloat16 or float32.
         blocksize: of the weight.
         device: a CUDA device.
+        adapter: the way of `linear_nf4_lora` instead.
 
     Raises:
         RuntimeError: where the CUDA operators are not compiled, QLORA_ENGINE_LINEAR has another value, or it asks for
@@ -57,10 +59,10 @@ def linear_path(
         raise RuntimeError("linear_path: the CUDA operators are not compiled; see `qlora env`")
     function = ctypes.CDLL(str(backend.library_path())).qlora_engine_linear_route
     function.restype = ctypes.c_char_p
-    function.argtypes = [*[ctypes.c_int64] * 4, ctypes.c_int, ctypes.POINTER(ctypes.c_int32)]
+    function.argtypes = [*[ctypes.c_int64] * 4, *[ctypes.c_int] * 2, ctypes.POINTER(ctypes.c_int32)]
     route = (ctypes.c_int32 * 4)()
     with torch.cuda.device(device):
-        error = function(M, N, K, blocksize, _DTYPE_NUMBERS[dtype], route)
+        error = function(M, N, K, blocksize, _DTYPE_NUMBERS[dtype], int(adapter), route)
     if error:
         raise RuntimeError(error.decode())
     return LinearPath(_PATHS[route[0]], *route[1:])
@@ -70,6 +72,25 @@ def linear_path(
 def _(x, packed, absmax, nested_absmax, nested_offset, blocksize, out_features, bias):
     checks.linear_nf4(x, packed, absmax, nested_absmax, nested_offset, blocksize, out_features, bias)
     return x.new_empty((*x.shape[:-1], out_features))
+
+
+@torch.library.register_fake("qlora_engine::linear_nf4_lora")
+def _(x, packed, absmax, nested_absmax, nested_offset, blocksize, out_features, S, B, bias):
+    checks.linear_nf4_lora(x, packed, absmax, nested_absmax, nested_offset, blocksize, out_features, S, B, bias)
+    return x.new_empty((*x.shape[:-1], out_features))
+
+
+@torch.library.register_fake("qlora_engine::linear_nf4_backward_lora")
+def _(grad, packed, absmax, nested_absmax, nested_offset, blocksize, in_features, dS, A, addend):
+    checks.linear_nf4_backward_lora(
+        grad, packed, absmax, nested_absmax, nested_offset, blocksize, in_features, dS, A, addend
+    )
+    return grad.new_empty((*grad.shape[:-1], in_features))
+
+
+@torch.library.register_fake("qlora_engine::linear_nf4_backward_add")
+def _(dx, grad, packed, absmax, nested_absmax, nested_offset, blocksize):
+    checks.linear_nf4_backward_add(dx, grad, packed, absmax, nested_absmax, nested_offset, blocksize)
 
 
 @torch.library.register_fake("qlora_engine::linear_nf4_backward")
@@ -93,6 +114,25 @@ def _linear_backward(ctx, grad):
     return grad_x, None, None, None, None, None, None, grad_bias
 
 
+def _save_lora(ctx, inputs, output):
+    x, *weight, blocksize, _out_features, S, B, _bias = inputs
+    ctx.save_for_backward(*weight, S, B)
+    ctx.blocksize, ctx.in_features = blocksize, x.shape[-1]
+
+
+def _lora_backward(ctx, grad):
+    *weight, S, B = ctx.saved_tensors
+    need_x, need_S, need_B, need_bias = (ctx.needs_input_grad[i] for i in (0, 7, 8, 9))
+    flat = grad.reshape(-1, grad.shape[-1])
+    grad_x = (
+        torch.ops.qlora_engine.linear_nf4_backward(grad, *weight, ctx.blocksize, ctx.in_features) if need_x else None
+    )
+    grad_S = flat @ B if need_S else None
+    grad_B = flat.T @ S if need_B else None
+    grad_bias = flat.sum(dim=0) if need_bias else None
+    return grad_x, None, None, None, None, None, None, grad_S, grad_B, grad_bias
+
+
 def _save_backward(ctx, inputs, output):
     grad, *weight, blocksize, _in_features = inputs
     ctx.save_for_backward(*weight)
@@ -106,7 +146,30 @@ def _linear_double_backward(ctx, grad_x_grad):
     return grad_grad, None, None, None, None, None, None
 
 
+def _save_backward_lora(ctx, inputs, output):
+    grad, *weight, blocksize, _in_features, dS, A, _addend = inputs
+    ctx.save_for_backward(*weight, dS, A)
+    ctx.blocksize, ctx.out_features = blocksize, grad.shape[-1]
+
+
+def _lora_double_backward(ctx, grad_x_grad):
+    *weight, dS, A = ctx.saved_tensors
+    need_grad, need_dS, need_A, need_addend = (ctx.needs_input_grad[i] for i in (0, 7, 8, 9))
+    flat = grad_x_grad.reshape(-1, grad_x_grad.shape[-1])
+    grad_grad = None
+    if need_grad:
+        grad_grad = torch.ops.qlora_engine.linear_nf4(grad_x_grad, *weight, ctx.blocksize, ctx.out_features, None)
+    grad_dS = flat @ A.T if need_dS else None
+    grad_A = dS.T @ flat if need_A else None
+    grad_addend = grad_x_grad.clone() if need_addend else None
+    return grad_grad, None, None, None, None, None, None, grad_dS, grad_A, grad_addend
+
+
 torch.library.register_autograd("qlora_engine::linear_nf4", _linear_backward, setup_context=_save_forward)
+torch.library.register_autograd("qlora_engine::linear_nf4_lora", _lora_backward, setup_context=_save_lora)
+torch.library.register_autograd(
+    "qlora_engine::linear_nf4_backward_lora", _lora_double_backward, setup_context=_save_backward_lora
+)
 torch.library.register_autograd(
     "qlora_engine::linear_nf4_backward", _linear_double_backward, setup_context=_save_backward
 )
@@ -144,6 +207,43 @@ def linear_nf4(
     )
 
 
+def linear_nf4_lora(
+    x: torch.Tensor,
+    packed: torch.Tensor,
+    absmax: torch.Tensor,
+    nested_absmax: torch.Tensor | None,
+    nested_offset: torch.Tensor | None,
+    blocksize: int,
+    out_features: int,
+    S: torch.Tensor,
+    B: torch.Tensor,
+    bias: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Product with a 4-bit weight and a low-rank addition: `y = x @ W.T + S @ B.T + bias`.
+
+    With `S = x @ lora_A.T` and `B = scaling * lora_B` the layer of Hu et al. 2021, "LoRA", equation 3. In the fused
+    product the addition is further columns, summed in float32 with the rest; where the weight is decoded, the narrow
+    product is written first, rounded, and the wide one adds to it. Differentiable in `x`, `S`, `B` and `bias`.
+
+    Args:
+        x: float16, bfloat16 or float32 `[..., in_features]`.
+        packed, absmax, nested_absmax, nested_offset, blocksize, out_features: as in `linear_nf4`.
+        S: dtype of `x`, `[M, r]` for the M rows of x; rows may be strided. Without a copy where r, the stride and the
+            address are multiples of 8 elements.
+        B: dtype of `x`, `[out_features, r]`.
+        bias: dtype of `x`, `[out_features]`, or None.
+
+    Returns:
+        `[..., out_features]`, dtype of `x`.
+
+    Raises:
+        RuntimeError: where a tensor's dtype, size, layout or device does not fit the others.
+    """
+    return torch.ops.qlora_engine.linear_nf4_lora(
+        x, packed, absmax, nested_absmax, nested_offset, blocksize, out_features, S, B, bias
+    )
+
+
 def linear_nf4_backward(
     grad: torch.Tensor,
     packed: torch.Tensor,
@@ -166,3 +266,59 @@ def linear_nf4_backward(
     return torch.ops.qlora_engine.linear_nf4_backward(
         grad, packed, absmax, nested_absmax, nested_offset, blocksize, in_features
     )
+
+
+def linear_nf4_backward_lora(
+    grad: torch.Tensor,
+    packed: torch.Tensor,
+    absmax: torch.Tensor,
+    nested_absmax: torch.Tensor | None,
+    nested_offset: torch.Tensor | None,
+    blocksize: int,
+    in_features: int,
+    dS: torch.Tensor,
+    A: torch.Tensor,
+    addend: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Gradient of a layer with an adapter with respect to its input: `grad @ W + dS @ A + addend`.
+
+    Args:
+        grad: float16, bfloat16 or float32 `[..., out_features]`.
+        packed, absmax, nested_absmax, nested_offset, blocksize, in_features: as in `linear_nf4_backward`.
+        dS: dtype of `grad`, `[M, r]` for the M rows of grad, the gradient of S; rows may be strided. Adapters of
+            several projections of one input are one, with their dS beside and their A below each other.
+        A: dtype of `grad`, `[r, in_features]`.
+        addend: dtype of `grad`, `[..., in_features]`, or None.
+
+    Returns:
+        `[..., in_features]`, dtype of `grad`. An addend, and where the weight is decoded dS A, is rounded before the
+        sum and the sum again.
+
+    Raises:
+        RuntimeError: where a tensor's dtype, size, layout or device does not fit the others.
+    """
+    return torch.ops.qlora_engine.linear_nf4_backward_lora(
+        grad, packed, absmax, nested_absmax, nested_offset, blocksize, in_features, dS, A, addend
+    )
+
+
+def linear_nf4_backward_add(
+    dx: torch.Tensor,
+    grad: torch.Tensor,
+    packed: torch.Tensor,
+    absmax: torch.Tensor,
+    nested_absmax: torch.Tensor | None,
+    nested_offset: torch.Tensor | None,
+    blocksize: int,
+) -> None:
+    """Adds a projection's gradient to that of another of the same input: `dx += grad @ W`. Has no gradient itself.
+
+    Args:
+        dx: dtype of `grad`, `[..., in_features]`, contiguous; changed.
+        grad: float16, bfloat16 or float32 `[..., out_features]`.
+        packed, absmax, nested_absmax, nested_offset, blocksize: the weight `[out_features, in_features]`.
+
+    Raises:
+        RuntimeError: where a tensor's dtype, size, layout or device does not fit the others.
+    """
+    torch.ops.qlora_engine.linear_nf4_backward_add(dx, grad, packed, absmax, nested_absmax, nested_offset, blocksize)

@@ -30,8 +30,16 @@ SCHEMAS = {
     "dequantize_absmax": ("(Tensor quantized, Tensor nested_absmax, Tensor nested_offset, int blocksize) -> Tensor"),
     # x [..., K] @ W[N, K].T + bias [N] -> [..., N], dtype of x
     "linear_nf4": f"(Tensor x, {_WEIGHT}, int out_features, Tensor? bias) -> Tensor",
+    # linear_nf4 + S [M, r] @ B [N, r].T, of the dtype of x: with S = x A^T a layer with a low-rank adapter
+    "linear_nf4_lora": f"(Tensor x, {_WEIGHT}, int out_features, Tensor S, Tensor B, Tensor? bias) -> Tensor",
     # grad [..., N] @ W[N, K] -> [..., K], dtype of grad: the gradient of linear_nf4 with respect to x
     "linear_nf4_backward": f"(Tensor grad, {_WEIGHT}, int in_features) -> Tensor",
+    # linear_nf4_backward + dS [M, r] @ A [r, K] + addend [..., K]
+    "linear_nf4_backward_lora": (
+        f"(Tensor grad, {_WEIGHT}, int in_features, Tensor dS, Tensor A, Tensor? addend) -> Tensor"
+    ),
+    # dx [..., K] += grad [..., N] @ W[N, K]
+    "linear_nf4_backward_add": f"(Tensor(a!) dx, Tensor grad, {_WEIGHT}) -> ()",
 }
 
 # The narrow products of a low-rank adapter. Matrices only; see ops/lora.py. `seed` int64 [1], None without dropout.
@@ -53,6 +61,21 @@ ADAPTER_SCHEMAS = {
     "gated_activation_backward": "(Tensor grad, Tensor gate, Tensor up, str activation) -> (Tensor, Tensor, Tensor)",
     # the same, over grad, gate and up
     "gated_activation_backward_inplace": ("(Tensor(a!) grad, Tensor(b!) gate, Tensor(c!) up, str activation) -> ()"),
+}
+
+_WEIGHTS = "Tensor[] packed, Tensor[] absmax, Tensor?[] nested_absmax, Tensor?[] nested_offset, int[] blocksizes"
+
+# Layers with adapters, one to three of one input; every list has one entry a projection. See ops/adapter.py.
+LAYER_SCHEMAS = {
+    # x [M, K] -> outputs [M, N], S [M, sum of ranks]
+    "adapter_forward": (
+        f"(Tensor x, {_WEIGHTS}, int[] out_features, Tensor?[] biases, Tensor[] lora_A, Tensor[] lora_B, "
+        "float[] scalings) -> (Tensor[], Tensor)"
+    ),
+    # -> gradient of S [M, sum of ranks], gradients of lora_B
+    "adapter_backward_S": "(Tensor[] grads, Tensor S, Tensor[] lora_B, float[] scalings) -> (Tensor, Tensor[])",
+    # -> gradient of x [M, K]
+    "adapter_backward_x": f"(Tensor[] grads, Tensor grad_S, {_WEIGHTS}, Tensor[] lora_A) -> Tensor",
 }
 
 # Operators that change their arguments and return nothing that has a gradient. See ops/adamw.py.

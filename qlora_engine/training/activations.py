@@ -15,9 +15,12 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from qlora_engine.adapter_nodes import unread_mlp_outputs
+
 GIB = 2**30
 PROBE_TOKENS = 64
 POLICIES = ("none", "full", "selective")
+FUNCTION = "_gradient_checkpointing_func"  # through which transformers calls a layer that is recomputed
 LEAST_OFFLOADED = 1 << 16  # bytes; a copy of less costs more than it saves
 
 
@@ -79,9 +82,10 @@ def recompute_layers(
     else:
         recomputed = {"none": 0, "full": len(layers), "selective": len(layers) - 1}[policy]
     host = HostStack() if offload and recomputed else None
+    ends = recomputed > 0 and ends_with_mlp(model)
     for index, layer in enumerate(layers):
         layer.gradient_checkpointing = index < recomputed
-        layer._gradient_checkpointing_func = Recomputation(host)
+        layer._gradient_checkpointing_func = Recomputation(host, ends)
     return ActivationPlan(len(layers), recomputed, measured, host is not None)
 
 
@@ -117,9 +121,9 @@ def bytes_per_token(model: nn.Module) -> tuple[int, int]:
     inputs, current, handles = [0] * len(layers), [None], []
 
     def enter(index):
-        def hook(_, arguments):
+        def hook(_, arguments, named):
             current[0] = index
-            inputs[index] = arguments[0].nbytes
+            inputs[index] = next(t.nbytes for t in (*arguments, *named.values()) if isinstance(t, torch.Tensor))
 
         return hook
 
@@ -140,7 +144,8 @@ def bytes_per_token(model: nn.Module) -> tuple[int, int]:
     try:
         for index, layer in enumerate(layers):
             layer.gradient_checkpointing = False
-            handles += [layer.register_forward_pre_hook(enter(index)), layer.register_forward_hook(leave)]
+            handles.append(layer.register_forward_pre_hook(enter(index), with_kwargs=True))
+            handles.append(layer.register_forward_hook(leave))
         model.train()
         with (
             torch.random.fork_rng([device] if device.type == "cuda" else []),
@@ -159,6 +164,36 @@ def bytes_per_token(model: nn.Module) -> tuple[int, int]:
     return max(sum(sizes.values()) for sizes in kept) // PROBE_TOKENS, max(inputs) // PROBE_TOKENS
 
 
+def ends_with_mlp(model: nn.Module) -> bool:
+    """Whether nothing that backward needs depends on the outputs of a model's gated MLPs, by numbers.
+
+    All layers are recomputed for a few tokens with NaN in the place of these outputs; no gradient may show it.
+    """
+    layers = decoder_layers(model)
+    before = [(layer, layer.gradient_checkpointing, layer.__dict__.get(FUNCTION)) for layer in layers]
+    idle = [module for module in model.modules() if not module.training]
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    if not parameters:
+        return False
+    device = parameters[0].device
+    ids = torch.arange(PROBE_TOKENS // 8, device=device).unsqueeze(0)
+    try:
+        model.train()
+        for layer in layers:
+            layer.gradient_checkpointing, layer._gradient_checkpointing_func = True, Recomputation(None, True)
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            hidden = getattr(model, model.base_model_prefix)(input_ids=ids, use_cache=False).last_hidden_state
+            gradients = torch.autograd.grad(hidden.float().square().sum(), parameters, allow_unused=True)
+    finally:
+        for layer, flag, function in before:
+            layer.gradient_checkpointing = flag
+            if function is not None:
+                layer._gradient_checkpointing_func = function
+        for module in idle:
+            module.training = False
+    return all(bool(torch.isfinite(g).all()) for g in gradients if g is not None)
+
+
 class Recomputation:
     """What a layer is called through: `torch.utils.checkpoint`, with random numbers that a CUDA graph can repeat.
 
@@ -167,28 +202,47 @@ class Recomputation:
 
     Args:
         host: where the layer's input, its first argument, waits; None: it stays on the GPU.
+        ends_with_mlp: whether nothing that backward needs depends on the output of the layer's gated MLP, so that its
+            last product, a quarter of a Llama layer's, is not computed again.
     """
 
-    def __init__(self, host: "HostStack | None" = None):
-        self.host = host
+    def __init__(self, host: "HostStack | None" = None, ends_with_mlp: bool = False):
+        self.host, self.ends_with_mlp = host, ends_with_mlp
         self.twins: tuple[torch.Generator, torch.Generator] | None = None
 
-    def __call__(self, function: Callable, hidden: torch.Tensor, *arguments):
+    def __call__(self, function: Callable, *arguments):
         capturing = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
-        options = {"use_reentrant": False, "preserve_rng_state": not capturing}
-        if capturing and self.twins:
-            options["context_fn"] = lambda: tuple(drawing_from(twin) for twin in self.twins)
-        if self.host is None or not torch.is_grad_enabled() or hidden.nbytes < LEAST_OFFLOADED:
-            return checkpoint(function, hidden, *arguments, **options)
+        twins = self.twins if capturing else None
+        options = {
+            "use_reentrant": False,
+            "preserve_rng_state": not capturing,
+            "context_fn": lambda: self.contexts(twins),
+        }
+        hidden, *rest = arguments or (None,)
+        offloads = self.host is not None and hidden is not None and hidden.nbytes >= LEAST_OFFLOADED
+        if not offloads or not torch.is_grad_enabled():
+            return checkpoint(function, *arguments, **options)
         waiting = self.host.push(hidden)
-        output = checkpoint(lambda: function(waiting.take(), *arguments), **options)
+        device = hidden.new_empty(0)  # whose random state is kept: of tensors that it is not given, torch cannot know
+        output = checkpoint(lambda _: function(waiting.take(), *rest), device, **options)
         waiting.release()
         return output
+
+    def contexts(self, twins: tuple[torch.Generator, torch.Generator] | None):
+        """What forward runs in, and what recomputation does."""
+        forward, again = [drawing_from(twin) for twin in twins] if twins else [contextlib.nullcontext()] * 2
+        return forward, _both(again, unread_mlp_outputs()) if self.ends_with_mlp else again
 
     def prepare_capture(self, device: torch.device, seed: int) -> tuple[torch.Generator, torch.Generator]:
         """Makes the two generators; a graph has to know them before it captures."""
         self.twins = tuple(torch.Generator(device).manual_seed(seed) for _ in range(2))
         return self.twins
+
+
+@contextlib.contextmanager
+def _both(first, second):
+    with first, second:
+        yield
 
 
 @contextlib.contextmanager

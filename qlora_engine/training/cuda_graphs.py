@@ -66,6 +66,8 @@ class CapturedStep:
         self.gradients: list[torch.Tensor] | None = None
         self.graphs: dict[tuple, tuple] = {}
         self.pool = None
+        # warm-up and captures share it: cuBLAS keeps a workspace of 32 MiB for each stream
+        self.stream = torch.cuda.Stream(self.device)
 
     def __call__(self, **inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Adds a batch's gradients to `.grad`; returns what the function returned, detached.
@@ -129,7 +131,7 @@ class CapturedStep:
         for generator in self.generators:
             graph.register_generator_state(generator)
         try:
-            with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
+            with torch.cuda.graph(graph, self.pool, self.stream, capture_error_mode="thread_local"):
                 outputs = self._run(places)
         except Exception as error:
             for parameter, gradient in zip(self.parameters, before, strict=True):
@@ -146,16 +148,16 @@ class CapturedStep:
     def _warm_up(self, inputs: dict[str, torch.Tensor]) -> None:
         """Calls without a graph, which leave neither gradients nor a trace in the random numbers."""
         before, numbers = [parameter.grad for parameter in self.parameters], torch.cuda.get_rng_state(self.device)
-        current, side = torch.cuda.current_stream(self.device), torch.cuda.Stream(self.device)
-        side.wait_stream(current)
+        current = torch.cuda.current_stream(self.device)
+        self.stream.wait_stream(current)
         try:
-            with torch.cuda.stream(side):
+            with torch.cuda.stream(self.stream):
                 for _ in range(WARMUPS):
                     for parameter in self.parameters:
                         parameter.grad = None
                     self._run(inputs)
         finally:
-            current.wait_stream(side)
+            current.wait_stream(self.stream)
             torch.cuda.set_rng_state(numbers, self.device)
             for parameter, gradient in zip(self.parameters, before, strict=True):
                 parameter.grad = gradient

@@ -16,7 +16,7 @@ from qlora_engine.training.errors import DataError, Interrupted, OptionError, ou
 from qlora_engine.training.options import FinetuneOptions
 from qlora_engine.training.source import resolve_model
 
-MEMORY_ADVICE = "Lower --batch-size (and raise --grad-accum), lower --max-length, or pass --gradient-checkpointing on"
+MEMORY_ADVICE = "Lower --batch-size (and raise --grad-accum) or --max-length; or pass --gradient-checkpointing full"
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,8 @@ from qlora_engine import kernels
 from qlora_engine.functional import compute_dtype
 
 CHUNK_BYTES = 128 << 20
+# Rows below which a product with the head is bound by reading the head: an H100 takes as long for fewer
+LEAST_ROWS = 256
 IGNORED = -100  # transformers' label of tokens that do not count
 PROBE_TOKENS = 5
 PROBE_BOUND = 1e-2  # relative RMS: two orders of summation in bfloat16
@@ -108,7 +110,7 @@ def linear_cross_entropy(
         hidden: float16, bfloat16 or float32 `[M, H]`.
         weight: `[V, H]`, in the compute dtype or rounded to it.
         labels: int64 `[M]`; rows with -100 do not count.
-        chunk_rows: rows at a time; default: what CHUNK_BYTES of logits hold.
+        chunk_rows: rows at a time; default: `rows_at_a_time`.
 
     Returns:
         The sum, float32 `[]`, and int32 `[M]`: 1 where no logit is above the label's.
@@ -132,13 +134,28 @@ def linear_cross_entropy(
             "[M, H], [V, H] and [M]"
         )
     if chunk_rows is None:
-        chunk_rows = CHUNK_BYTES // max(1, weight.shape[0] * compute_dtype(hidden).itemsize)
-        chunk_rows = max(1, chunk_rows // 128 * 128 or chunk_rows)
+        chunk_rows = rows_at_a_time(hidden.shape[0], weight.shape[0] * compute_dtype(hidden).itemsize)
     return _LinearCrossEntropy.apply(hidden, weight, labels, chunk_rows)
 
 
+def rows_at_a_time(rows: int, row_bytes: int) -> int:
+    """How many of the rows' logits to hold: what CHUNK_BYTES takes, or half of few rows, not below LEAST_ROWS.
+
+    >>> rows_at_a_time(8192, 2 * 128256), rows_at_a_time(512, 2 * 128256), rows_at_a_time(8, 2 * 128256)
+    (512, 256, 256)
+    """
+    most = CHUNK_BYTES // max(1, row_bytes)
+    most = max(1, most // LEAST_ROWS * LEAST_ROWS or most)
+    half = -(-rows // (2 * LEAST_ROWS)) * LEAST_ROWS
+    return min(most, max(LEAST_ROWS, half))
+
+
 def causal_lm_loss(
-    model: nn.Module, input_ids: torch.Tensor, labels: torch.Tensor, num_items: torch.Tensor | None = None, **inputs
+    model: nn.Module,
+    input_ids: torch.Tensor,
+    labels: torch.Tensor,
+    num_items: torch.Tensor | int | None = None,
+    **inputs,
 ) -> CausalLoss:
     """The next-token loss of a transformers model with a language-model head, without its logits.
 
@@ -156,8 +173,8 @@ def causal_lm_loss(
     head = model.get_output_embeddings()
     total, correct = linear_cross_entropy(hidden.reshape(-1, hidden.shape[-1]), head.weight, shifted)
     count = (shifted != IGNORED).sum()
-    items = count.clamp(min=1) if num_items is None else num_items
-    return CausalLoss(total / items, correct.sum(), count)
+    items = count if num_items is None else torch.as_tensor(num_items)
+    return CausalLoss(total / items.clamp(min=1), correct.sum(), count)
 
 
 def decoder_of(model: nn.Module) -> nn.Module:

@@ -91,7 +91,22 @@ class FinetuneOptions:
     )
     lora_plus: float = option(1.0, "learning rate of the B factors over that of the rest (LoRA+)", above=0)
     gradient_checkpointing: str = option(
-        "auto", "recompute activations (auto: on a GPU)", choices=("auto", "on", "off")
+        "auto",
+        "layers recomputed in backward: selective (all but the last, or as many as --activation-gib takes), full or "
+        "on, none or off (auto: selective on a GPU, else none)",
+        choices=("auto", "selective", "full", "none", "on", "off"),
+    )
+    activation_gib: float | None = option(
+        None, "GiB that the layers' activations may take; as few layers as possible are recomputed", above=0
+    )
+    offload_activations: bool = option(False, "let the inputs of recomputed layers wait in host memory")
+    liger: str = option(
+        "auto",
+        "liger-kernel's RMSNorm and rotary embeddings (auto: where it is installed)",
+        choices=("auto", "on", "off"),
+    )
+    cuda_graphs: bool = option(
+        False, "run forward and backward as CUDA graphs: faster for small batches; pads to at most four lengths"
     )
     seed: int = option(0, "seed of the adapters, the split, the order and the dropout", minimum=0)
     sharding: str = option(
@@ -125,6 +140,14 @@ class FinetuneOptions:
                 f"{flag('optimizer_gpu_gib')} was given with --optimizer {self.optimizer}, whose state does not "
                 "leave the GPU; choose paged_adamw or paged_adamw_8bit"
             )
+        if self.activation_gib is not None and self.gradient_checkpointing not in ("auto", "selective"):
+            raise OptionError(
+                f"--activation-gib chooses how many layers are recomputed; --gradient-checkpointing "
+                f"{self.gradient_checkpointing} does so too. Leave one of them out"
+            )
+        if self.cuda_graphs and (self.packing or self.offload_activations):
+            other = "--packing" if self.packing else "--offload-activations"
+            raise OptionError(f"--cuda-graphs cannot capture what {other} does; leave one of them out")
         if self.resume and self.overwrite:
             raise OptionError("--resume and --overwrite contradict each other; pass one of them")
         return self

@@ -12,6 +12,7 @@ from qlora_engine.models.checkpoint import load_quantized
 from qlora_engine.models.config import QLoRAConfig
 from qlora_engine.nn import NF4Linear
 from qlora_engine.optim import PagedAdamW
+from qlora_engine.training import step
 from qlora_engine.training.checkpoints import CHECKPOINTS
 from qlora_engine.training.data import Rows
 from qlora_engine.training.errors import DataError, UsageError, as_usage_error
@@ -82,7 +83,9 @@ def build_trainer(
         UsageError: where the data do not fit the tokenizer or the length.
     """
     on_gpu = device.type == "cuda"
-    checkpointing = options.gradient_checkpointing == "on" or (options.gradient_checkpointing == "auto" and on_gpu)
+    checkpointing = False  # by transformers; `step.set_up` turns on this engine's own
+    if step.leaves_recomputation_to_transformers(options, model):
+        checkpointing = step.recomputation_policy(options, on_gpu) != "none"
     settings = {
         "output_dir": str(Path(options.output) / CHECKPOINTS),
         "seed": options.seed,
@@ -135,6 +138,7 @@ def build_trainer(
             lora_plus=options.lora_plus,
             ranks=ranks,
         )
+    step.set_up(options, trainer, device)
     trainer.remove_callback(PrinterCallback)  # ProgressBar says it better
     for name, dataset in (("training", trainer.train_dataset), ("held-out", trainer.eval_dataset)):
         if dataset is not None and len(dataset) == 0:

@@ -16,9 +16,11 @@ from trl import SFTTrainer
 from qlora_engine.models.adapter import load_adapter, save_adapter
 from qlora_engine.models.files import atomic_write
 from qlora_engine.optim import lora_plus_groups
+from qlora_engine.training.loss import causal_lm_loss
 from qlora_engine.training.memory import GIB, peak_memory
 from qlora_engine.training.methods import MethodSteps, load_checkpoint, method_of, save_checkpoint
 from qlora_engine.training.parallel import ParallelTraining, Ranks, agree
+from qlora_engine.training.step import CapturedTraining, TokenCounts
 
 
 class QLoRATrainer(ParallelTraining, SFTTrainer):
@@ -35,6 +37,9 @@ class QLoRATrainer(ParallelTraining, SFTTrainer):
 
     def __init__(self, *args, lora_plus: float = 1.0, ranks: Ranks | None = None, **kwargs):
         self._lora_plus, self.ranks = lora_plus, ranks or Ranks()
+        self.own_loss = False  # whether the training loss is this engine's chunked one and not TRL's
+        self.captured: CapturedTraining | None = None  # where the steps are CUDA graphs
+        self._counts = TokenCounts()
         super().__init__(*args, **kwargs)
         self.method = method_of(self.model)
         if self.method is not None:
@@ -53,6 +58,11 @@ class QLoRATrainer(ParallelTraining, SFTTrainer):
         return super().create_optimizer(*args, **kwargs)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        if self.own_loss and model is self.model and model.training and not return_outputs:
+            with self.accelerator.autocast():
+                own = causal_lm_loss(model, num_items=num_items_in_batch, **inputs)
+            self._counts.add(own, inputs)
+            return own.loss
         found = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         penalty = self.method.penalty() if self.method is not None and model.training else None
         if penalty is None:
@@ -60,6 +70,23 @@ class QLoRATrainer(ParallelTraining, SFTTrainer):
         # the loss of a part of a batch whose size is known is a share of the step's; the penalty is of the step
         share = penalty if num_items_in_batch is None else penalty / self.args.gradient_accumulation_steps
         return (found[0] + share, found[1]) if return_outputs else found + share
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        if self.captured is None:
+            return super().training_step(model, inputs, num_items_in_batch)
+        model.train()
+        inputs = self._prepare_inputs(inputs)
+        own = self.captured(inputs, num_items_in_batch)
+        self._counts.add(own, inputs)
+        return own.loss
+
+    def log(self, logs, start_time=None):
+        if self.model.training:
+            for correct, count, real in self._counts.take():
+                self._metrics["train"]["mean_token_accuracy"].append(correct / max(1, count))
+                self._total_train_tokens += real
+                self._metrics["train"]["num_tokens"] = [self._total_train_tokens]
+        super().log(logs, start_time)
 
     def _save(self, output_dir=None, state_dict=None):
         if self.args.should_save and self.method is not None:

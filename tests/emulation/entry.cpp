@@ -62,4 +62,13 @@ int run_linear_nf4_backward(const void* grad, const Nf4Weight* weight, int dtype
   return linear_nf4_backward_few_rows(grad, *weight, Dtype(dtype), dx, M, N, K, nullptr);
 }
 
+// target = source * factor of two jobs at once, in out_dtype
+int run_round_matrices(const void* first, const void* second, void* first_out, void* second_out, int64_t count,
+                       int64_t second_count, float factor, int dtype, int out_dtype) {
+  RoundJobs jobs{};
+  jobs.of[0] = {first, first_out, count, factor, Dtype(dtype)};
+  jobs.of[1] = {second, second_out, second_count, 1.0f, Dtype(dtype)};
+  return round_matrices(jobs, 2, Dtype(out_dtype), nullptr);
+}
+
 }  // extern "C"

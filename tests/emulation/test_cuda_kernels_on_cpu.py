@@ -390,3 +390,17 @@ def test_few_rows_backward(kernels, dtype, M, N, K, blocksize, double_quant):
 def test_unknown_instructions_stop_the_translation():
     with pytest.raises(NotImplementedError, match=r"does not know the PTX instruction cp\.async\.wait_all"):
         translate('asm volatile("cp.async.wait_all ;");\n')
+
+
+@needs_compiler
+@pytest.mark.parametrize("out_dtype", DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_round_matrices(kernels, dtype, out_dtype):
+    first, second = torch.randn(3001).to(dtype), torch.randn(17).to(dtype)
+    outputs = [torch.full((t.numel() + GUARD,), float("nan"), dtype=out_dtype) for t in (first, second)]
+    operands = [pointer(t) for t in (first, second, *outputs)]
+    counts = [ctypes.c_int64(t.numel()) for t in (first, second)]
+    kernels.run_round_matrices(*operands, *counts, ctypes.c_float(0.75), DTYPES.index(dtype), DTYPES.index(out_dtype))
+    for out, expected in zip(outputs, ((first.float() * 0.75), second.float()), strict=True):
+        assert torch.equal(out[:-GUARD], expected.to(out_dtype))
+        assert out[-GUARD:].isnan().all()

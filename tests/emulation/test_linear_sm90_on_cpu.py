@@ -57,7 +57,7 @@ def copy_aligned(tensor):
     return aligned(tensor.shape, tensor.dtype).copy_(tensor)
 
 
-def fused(kernels, x, w4, config, bias=None):
+def fused(kernels, x, w4, config, bias=None, S=None, B=None):
     """y of the kernel for many rows in a configuration; None: of the kernel for few."""
     M, (N, K) = x.shape[0], w4.shape
     packed = torch.zeros(w4.packed.numel() + 64, dtype=torch.uint8)
@@ -65,8 +65,13 @@ def fused(kernels, x, w4, config, bias=None):
     packed = packed[start : start + w4.packed.numel()].copy_(w4.packed)
     x, y = copy_aligned(x), aligned((M, N), x.dtype)
     weight = Weight(N * K, packed, *w4.arguments[1:])
-    run = kernels.run_few_rows_sm90 if config is None else kernels.run_linear_sm90
-    numbers = [ctypes.c_int64(n) for n in (M, N, K)] + [ctypes.c_int(n) for n in config or ()]
+    numbers = [ctypes.c_int64(n) for n in (M, N, K)]
+    run = kernels.run_few_rows_sm90
+    if config is not None:
+        run = kernels.run_linear_sm90
+        pitch, rank = (0, 0) if S is None else (S.stride(0), S.shape[1])
+        numbers += [pointer(S), ctypes.c_int64(pitch), pointer(B), ctypes.c_int64(rank)]
+        numbers += [ctypes.c_int(n) for n in config]
     error = run(
         pointer(x), ctypes.byref(weight), pointer(bias), ctypes.c_int(DTYPES.index(x.dtype)), pointer(y), *numbers
     )
@@ -94,6 +99,27 @@ def test_clusters(kernels, M, N, K, config):
     x, w4 = case(M, N, K)
     expected = x.double() @ w4.dequantize(x.dtype).double().T
     assert_close("y", fused(kernels, x, w4, config), expected, RELATIVE_RMS[x.dtype])
+
+
+@pytest.mark.parametrize(
+    ("config", "M", "N", "K", "rank"),
+    [
+        ((16, 1, 1), 40, 140, 128, 8),
+        ((64, 1, 4), 70, 77, 320, 72),
+        ((128, 1, 1), 130, 264, 320, 136),
+        ((256, 1, 1), 300, 264, 128, 16),
+        ((256, 2, 1), 270, 200, 64, 40),
+        ((256, 1, 2), 33, 131, 704, 64),
+    ],
+)
+def test_adapter(kernels, config, M, N, K, rank):
+    """Several tiles a block, odd N, ranks below, at and beyond a tile's columns; S as columns of a wider matrix."""
+    x, w4 = case(M, N, K)
+    wide = aligned((M, rank + 24), x.dtype).copy_(torch.randn(M, rank + 24))
+    S, B = wide[:, 8 : 8 + rank], copy_aligned(torch.randn(N, rank).to(x.dtype))
+    bias = torch.randn(N).to(x.dtype)
+    expected = x.double() @ w4.dequantize(x.dtype).double().T + S.double() @ B.double().T + bias.double()
+    assert_close("y", fused(kernels, x, w4, config, bias, S, B), expected, RELATIVE_RMS[x.dtype])
 
 
 @pytest.mark.parametrize("config", [(32, 1, 1), (256, 1, 1)])

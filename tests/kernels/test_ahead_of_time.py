@@ -42,7 +42,7 @@ CASES = [
 @pytest.mark.parametrize("capability", SHARED_MEMORY)
 @pytest.mark.parametrize(("dtype", "rank", "dropout_p", "adapter_dtype"), CASES)
 def test_narrow_products(monkeypatch, dtype, rank, dropout_p, adapter_dtype, capability):
-    monkeypatch.setattr(lora, "_choice", "triton")
+    monkeypatch.setattr(kernels, "adapter_choice", "triton")
     for name, arguments in calls(dtype, rank, dropout_p, adapter_dtype).items():
         launches = record(monkeypatch, (lora, launch), kernels.function(name), *arguments)
         assert launches, name

@@ -17,6 +17,7 @@ def weight(**changes):
 
 
 X = torch.randn(3, 64)
+S, B = torch.randn(3, 4), torch.randn(6, 4)
 BAD_CALLS = {
     "quantize dtype": ("quantize_nf4", [torch.ones(4, dtype=torch.int64), 64], "weight is int64"),
     "quantize blocksize": ("quantize_nf4", [torch.ones(64), 48], "blocksize is 48"),
@@ -51,6 +52,36 @@ BAD_CALLS = {
     "bias size": ("linear_nf4", [X, *weight(), 6, torch.ones(5)], "bias has 5 elements; expected 6"),
     "bias dtype": ("linear_nf4", [X, *weight(), 6, torch.ones(6).half()], "bias is float16; expected float32"),
     "scalar x": ("linear_nf4", [torch.ones(()), *weight(), 6, None], "x has no dimensions"),
+    "B dimensions": ("linear_nf4_lora", [X, *weight(), 6, S, torch.ones(6), None], "B has 1 dimensions; expected 2"),
+    "B size": ("linear_nf4_lora", [X, *weight(), 6, S, torch.ones(5, 4), None], "B has 20 elements; expected 24"),
+    "S rows": ("linear_nf4_lora", [X, *weight(), 6, S[:2], B, None], "S is [2, 4]; expected [3, 4]"),
+    "S dtype": ("linear_nf4_lora", [X, *weight(), 6, S.half(), B, None], "S is float16; expected float32"),
+    "S layout": (
+        "linear_nf4_lora",
+        [X, *weight(), 6, S.T.contiguous().T, B, None],
+        "the rows of S are not contiguous",
+    ),
+    "A size": (
+        "linear_nf4_backward_lora",
+        [torch.ones(3, 6), *weight(), 64, S, torch.ones(4, 63), None],
+        "A has 252 elements; expected 256",
+    ),
+    "dS rank": (
+        "linear_nf4_backward_lora",
+        [torch.ones(3, 6), *weight(), 64, S[:, :2], torch.ones(4, 64), None],
+        "dS is [3, 2]; expected [3, 4]",
+    ),
+    "addend size": (
+        "linear_nf4_backward_lora",
+        [torch.ones(3, 6), *weight(), 64, S, torch.ones(4, 64), torch.ones(2, 64)],
+        "addend has 128 elements; expected 192",
+    ),
+    "dx size": ("linear_nf4_backward_add", [torch.ones(2, 64), torch.ones(3, 6), *weight()], "dx has 128 elements"),
+    "dx dtype": (
+        "linear_nf4_backward_add",
+        [torch.ones(3, 64).half(), torch.ones(3, 6), *weight()],
+        "dx is float16; expected float32",
+    ),
     "scalar grad": ("linear_nf4_backward", [torch.ones(()), *weight(), 64], "grad has no dimensions"),
     "grad dtype": ("linear_nf4_backward", [torch.ones(3, 6).int(), *weight(), 64], "grad is int32"),
 }

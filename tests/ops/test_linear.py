@@ -115,6 +115,30 @@ def test_empty_weight(device, M, N, K):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("M", "N", "K", "rank"), [(1, 40, 64, 8), (70, 33, 130, 5), (9, 64, 256, 16)])
+def test_adapter(device, dtype, M, N, K, rank, poisoned_memory):
+    """Both directions, with and without what is added besides; S and dS as columns of wider matrices."""
+    w4, x, bias, grad = problem(M, N, K, dtype, device)
+    decoded = w4.dequantize(dtype).double()
+    S = torch.randn(M, rank + 8, device=device, dtype=dtype)[:, 3 : 3 + rank]
+    B, A = (torch.randn(*shape, device=device, dtype=dtype) for shape in ((N, rank), (rank, K)))
+    bound = 2 * RELATIVE_RMS[dtype]  # two roundings
+    expected = x.double() @ decoded.T + S.double() @ B.double().T
+    assert_close("y", ops.linear_nf4_lora(x, *w4.arguments, N, S, B), expected, bound)
+    y = ops.linear_nf4_lora(x, *w4.arguments, N, S, B, bias)
+    assert_close("y with bias", y, expected + bias.double(), bound)
+    expected = grad.double() @ decoded + S.double() @ A.double()
+    assert_close("dx", ops.linear_nf4_backward_lora(grad, *w4.arguments, K, S, A), expected, bound)
+    addend = torch.randn(M, K, device=device, dtype=dtype)
+    kept = addend.clone()
+    dx = ops.linear_nf4_backward_lora(grad, *w4.arguments, K, S, A, addend)
+    assert_close("dx with addend", dx, expected + kept.double(), bound)
+    assert torch.equal(addend, kept)
+    ops.linear_nf4_backward_add(addend, grad, *w4.arguments)
+    assert_close("dx in place", addend, kept.double() + grad.double() @ decoded, bound)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_repeatable(device, dtype):
     w4, x, bias, grad = problem(130, 96, 512, dtype, device)
     assert torch.equal(ops.linear_nf4(x, *w4.arguments, 96, bias), ops.linear_nf4(x, *w4.arguments, 96, bias))

@@ -82,6 +82,47 @@ def test_equals_cublas_bit_for_bit(plan, dtype, M, N, K, chosen, poisoned_memory
 
 
 @needs_sm_90
+@pytest.mark.parametrize("rank", [8, 64, 72])
+@pytest.mark.parametrize("chosen", [SINGLE, PAIRS, "1,3,8", "2,2,8"])
+@pytest.mark.parametrize("dtype", HALF_TYPES)
+def test_adapter(plan, dtype, chosen, rank, poisoned_memory):
+    """dX = dY W + dS A, then added to what is there; dS as columns of a wider matrix."""
+    plan(chosen)
+    M, N, K = 600, 1032, 320
+    w4, grad = random_weight(N, K), torch.randn(M, N, device="cuda", dtype=dtype)
+    wide, A = (torch.randn(*shape, device="cuda", dtype=dtype) for shape in ((M, rank + 16), (rank, K)))
+    dS = wide[:, 8 : 8 + rank]
+    product = grad.double() @ w4.dequantize(dtype).double()
+    poison(M, K, dtype)
+    dx = ops.linear_nf4_backward_lora(grad, *w4.arguments, K, dS, A)
+    assert_close("dx", dx, product + dS.double() @ A.double(), RELATIVE_RMS[dtype])
+    assert torch.equal(dx, ops.linear_nf4_backward_lora(grad, *w4.arguments, K, dS, A))
+    expected = dx.double() + product
+    ops.linear_nf4_backward_add(dx, grad, *w4.arguments)
+    assert_close("dx in place", dx, expected, 2 * RELATIVE_RMS[dtype])
+
+
+@pytest.mark.parametrize("path", ["auto", "dequantize"])
+@pytest.mark.parametrize("rank", [12, 16])
+@pytest.mark.parametrize("M", [7, 100, 3000])
+def test_adapter_on_every_path(monkeypatch, M, rank, path, poisoned_memory):
+    monkeypatch.setenv("QLORA_ENGINE_LINEAR", path)
+    N, K, dtype = 136, 128, torch.bfloat16
+    w4, grad = random_weight(N, K), torch.randn(M, N, device="cuda", dtype=dtype)
+    dS, A, addend = (torch.randn(*shape, device="cuda", dtype=dtype) for shape in ((M, rank), (rank, K), (M, K)))
+    product = grad.double() @ w4.dequantize(dtype).double()
+    expected = product + dS.double() @ A.double()
+    poison(M, K, dtype)
+    dx = ops.linear_nf4_backward_lora(grad, *w4.arguments, K, dS, A)
+    assert_close("dx", dx, expected, 2 * RELATIVE_RMS[dtype])
+    dx = ops.linear_nf4_backward_lora(grad, *w4.arguments, K, dS, A, addend)
+    assert_close("dx with addend", dx, expected + addend.double(), 3 * RELATIVE_RMS[dtype])
+    expected = addend.double() + product
+    ops.linear_nf4_backward_add(addend, grad, *w4.arguments)
+    assert_close("dx in place", addend, expected, 2 * RELATIVE_RMS[dtype])
+
+
+@needs_sm_90
 @pytest.mark.parametrize("double_quant", [True, False])
 @pytest.mark.parametrize("blocksize", [64, 128, 256, 4096])
 @pytest.mark.parametrize("chosen", [SINGLE, PAIRS])

@@ -148,6 +148,41 @@ def test_what_is_not_finite_stays_in_its_row(config, force):
     assert torch.equal(y[7].nan_to_num(), expected.nan_to_num())
 
 
+@pytest.mark.parametrize("rank", [8, 16, 40, 64, 136])
+@pytest.mark.parametrize("config", [*UNSPLIT, "64,1,4", "256,1,2"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_adapter(dtype, config, rank, force, poisoned_memory):
+    """S as columns of a wider matrix, as the adapters of several projections have it."""
+    force(f"fused:{config}")
+    w4 = random_weight(392, 576)
+    x, wide, B = (torch.randn(*s, device="cuda", dtype=dtype) for s in ((300, 576), (300, rank + 16), (392, rank)))
+    S, bias = wide[:, 8 : 8 + rank], torch.randn(392, device="cuda", dtype=dtype)
+    y = ops.linear_nf4_lora(x, *w4.arguments, 392, S, B, bias)
+    assert_close("y", y, float64(x, w4, bias) + S.double() @ B.double().T, BOUND[dtype])
+
+
+@pytest.mark.parametrize("config", ["64,1,1", "128,1,1", "256,1,1"])
+def test_adapter_of_many_tiles_a_block_repeats(config, force, poisoned_memory):
+    force(f"fused:{config}")
+    w4 = random_weight(4104, 512)
+    x, S, B = (torch.randn(*s, device="cuda", dtype=torch.bfloat16) for s in ((3000, 512), (3000, 72), (4104, 72)))
+    first = ops.linear_nf4_lora(x, *w4.arguments, 4104, S, B)
+    assert_close("y", first, float64(x, w4) + S.double() @ B.double().T, BOUND[torch.bfloat16])
+    assert all(torch.equal(ops.linear_nf4_lora(x, *w4.arguments, 4104, S, B), first) for _ in range(5))
+
+
+@pytest.mark.parametrize("path", ["auto", "dequantize", "fused"])
+@pytest.mark.parametrize(("M", "rank", "first"), [(5, 16, 0), (300, 12, 0), (300, 16, 1), (300, 16, 8)])
+def test_adapter_after_the_product(M, rank, first, path, force, poisoned_memory):
+    """Where the fused product is not taken, or the rank or S's alignment is not what it wants."""
+    force(path)
+    w4 = random_weight(256, 512)
+    x, wide, B = (torch.randn(*s, device="cuda", dtype=torch.float16) for s in ((M, 512), (M, 48), (256, rank)))
+    S, bias = wide[:, first : first + rank], torch.randn(256, device="cuda", dtype=torch.float16)
+    y = ops.linear_nf4_lora(x, *w4.arguments, 256, S, B, bias)
+    assert_close("y", y, float64(x, w4, bias) + S.double() @ B.double().T, 2 * BOUND[torch.float16])
+
+
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_random_products(data, monkeypatch):

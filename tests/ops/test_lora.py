@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.library import opcheck
 
-from qlora_engine import ops
+from qlora_engine import kernels, ops
 from qlora_engine.ops import backend
 from qlora_engine.reference import lora as reference
 from qlora_engine.reference.dropout import dropout_keep, keep_scale, threshold
@@ -26,10 +26,8 @@ pytestmark = pytest.mark.usefixtures("poisoned_memory")
 def device(request, monkeypatch) -> str:
     """Here a GPU is tested twice: with kernels wherever there are any, and with cuBLAS wherever it can serve."""
     device, _, choice = request.param.partition(" ")
-    if choice and backend.implementation("lora_down", "cuda") == "triton":
-        from qlora_engine.kernels import lora as kernels
-
-        monkeypatch.setattr(kernels, "_choice", choice)
+    if choice:
+        monkeypatch.setattr(kernels, "adapter_choice", choice)
     return device
 
 

@@ -43,6 +43,7 @@ def test_layers_are_called_as_often_as_the_plan_says():
     for index, layer in enumerate(activations.decoder_layers(model)):
         layer.input_layernorm.register_forward_hook(lambda *_, index=index: calls.append(index))
     recompute_layers(model, "selective")
+    calls.clear()  # of what it tried out
     gradients(model, ids)
     assert calls == [0, 1, 2, 3, 2, 1, 0]
 
@@ -89,6 +90,42 @@ def test_what_does_not_fit_is_refused(arguments, words):
 def test_a_model_without_such_layers_is_refused():
     with pytest.raises(ValueError, match="Linear has no layers"):
         recompute_layers(torch.nn.Linear(3, 3))
+
+
+def test_the_last_product_of_a_layer_is_not_computed_again(monkeypatch):
+    from qlora_engine import adapter_nodes
+
+    model, ids, calls = prepared(), torch.zeros(1, 5, dtype=torch.int64), []
+    operator = adapter_nodes.operator
+
+    def counting(name, x):
+        calls.append((name, x.shape[-1]))
+        return operator(name, x)
+
+    recompute_layers(model, "full")
+    monkeypatch.setattr(adapter_nodes, "operator", counting)
+    gradients(model, ids)
+    assert calls.count(("linear_nf4", 96)) == LAYERS  # of the MLP's down projection, 96 wide: in forward alone
+    assert (
+        calls.count(("linear_nf4", 64)) == 2 * LAYERS * 3
+    )  # groups that read 64: q with k and v, o, and gate with up; twice
+
+
+def test_a_layer_that_reads_its_mlps_output_recomputes_it():
+    """Gemma 2 normalises it before it is added."""
+    from transformers import Gemma2Config, Gemma2ForCausalLM
+
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = Gemma2Config(**sizes, num_key_value_heads=2, head_dim=16, vocab_size=tiny.VOCABULARY)
+    model = qe.prepare(Gemma2ForCausalLM(config), qe.QLoRAConfig(r=4)).train()
+    assert not activations.ends_with_mlp(model)
+    assert activations.ends_with_mlp(prepared())
+    ids = torch.randint(tiny.VOCABULARY, (2, 9))
+    recompute_layers(model, "none")
+    plain = gradients(model, ids)
+    recompute_layers(model, "full")
+    for actual, expected in zip(gradients(model, ids), plain, strict=True):
+        assert torch.equal(actual, expected)
 
 
 @pytest.mark.gpu

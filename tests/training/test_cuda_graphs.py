@@ -87,12 +87,13 @@ def test_a_captured_run_is_the_run_without(policy):
     data = [ids for pair in zip(batches(12, 32), batches(12, 48), strict=True) for ids in pair]
     for captured in (False, True):
         model = prepared("cuda")
+        first = [p.detach().clone() for p in trained(model)]
         recompute_layers(model, policy)
         optimizer = torch.optim.AdamW(trained(model), 1e-3)
         step, losses[captured] = step_of(model), []
         graph = CapturedStep(step, model)
-        for first, second in zip(data[::2], data[1::2], strict=True):
-            for ids in (first, second):
+        for shorter, longer in zip(data[::2], data[1::2], strict=True):
+            for ids in (shorter, longer):
                 if captured:
                     (loss,) = graph(input_ids=ids)
                 else:
@@ -104,9 +105,8 @@ def test_a_captured_run_is_the_run_without(policy):
         results[captured] = [p.detach().clone() for p in trained(model)]
         assert len(graph.graphs) == (2 if captured else 0)
     assert torch.allclose(torch.stack(losses[True]), torch.stack(losses[False]), rtol=1e-5)
-    assert losses[True][-1] < losses[True][0]
-    for actual, expected in zip(results[True], results[False], strict=True):
-        assert relative_rms(actual, expected) < 1e-3
+    for actual, expected, before in zip(results[True], results[False], first, strict=True):
+        assert relative_rms(actual - before, expected - before) < 1e-2
 
 
 @pytest.mark.gpu
@@ -154,7 +154,7 @@ def test_dropout_is_new_at_each_call_and_the_same_in_recomputation(policy):
         for layer in model:
             # the loss is linear in B: its slope along B is itself, if backward saw the masks of forward
             B = layer.linear.lora_B["default"]
-            assert float((B * B.grad).sum()) == pytest.approx(losses[-1], rel=1e-3)
+            assert float((B.detach() * B.grad).sum()) == pytest.approx(losses[-1], rel=1e-3)
         model.zero_grad()
     assert len(set(losses)) == 5
 

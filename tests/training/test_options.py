@@ -23,7 +23,7 @@ def test_every_option_has_a_flag_and_a_yaml_key_that_say_the_same(tmp_path):
     changed = {}
     for spec in dataclasses.fields(FinetuneOptions):
         default = spec.default if spec.default is not dataclasses.MISSING else spec.default_factory()
-        if spec.name in ("resume", "overwrite", "model", "data"):
+        if spec.name in ("resume", "overwrite", "model", "data", "cuda_graphs"):  # the last does not go with all
             continue
         if isinstance(default, bool):
             changed[spec.name] = not default
@@ -102,3 +102,16 @@ def test_bad_yaml_is_explained(tmp_path, text, reason):
 def test_missing_yaml():
     with pytest.raises(OptionError, match=r"none\.yaml does not exist"):
         build_options(GIVEN, "none.yaml")
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"activation_gib": 2.0, "gradient_checkpointing": "full"}, "--activation-gib"),
+        ({"cuda_graphs": True, "packing": True}, "--packing"),
+        ({"cuda_graphs": True, "offload_activations": True}, "--offload-activations"),
+    ],
+)
+def test_what_a_step_cannot_be_at_once(given, words):
+    with pytest.raises(OptionError, match=words):
+        build_options({**GIVEN, **given})
