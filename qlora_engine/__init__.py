@@ -10,6 +10,8 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "MergeReport": "qlora_engine.models.merge",
+    "NF4Config": "qlora_engine.integrations.transformers",
+    "NF4Experts": "qlora_engine.nn",
     "NF4Linear": "qlora_engine.nn",
     "NF4Weight": "qlora_engine.quantization.weight",
     "QLoRAConfig": "qlora_engine.models.config",
@@ -31,9 +33,12 @@ _HOMES = {
     "unmerge": "qlora_engine.models.merge",
 }
 
-_MODULES = ("distributed", "functional", "optim", "peft")
+_MODULES = ("distributed", "functional", "integrations", "optim", "peft")
 
-__all__ = sorted([*_HOMES, *_MODULES])
+# needs transformers, which `from qlora_engine import *` does not
+_OPTIONAL = ("NF4Config",)
+
+__all__ = sorted({*_HOMES, *_MODULES} - {*_OPTIONAL})
 
 
 def __getattr__(name: str):
@@ -47,4 +52,4 @@ def __getattr__(name: str):
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted({*globals(), *__all__, *_OPTIONAL})

@@ -4,21 +4,24 @@ import json
 import math
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
 from torch import nn
 
+from qlora_engine.models import bnb_checkpoint
 from qlora_engine.models.adapter import CONFIG_FILE, load_adapter
 from qlora_engine.models.config import QLoRAConfig
 from qlora_engine.models.files import atomic_directory
-from qlora_engine.models.prepare import prepare, quantize_model, replace_module, shared_places, untie
+from qlora_engine.models.prepare import prepare, quantize_model, untie
 from qlora_engine.models.sharding import check_whole
 from qlora_engine.models.shards import Shards, find_shards, resolve_folder
+from qlora_engine.models.skeleton import empty_modules, quantizable
 from qlora_engine.models.streaming import checksums_of, stream
-from qlora_engine.models.targets import find_targets, kept_in_float32, linear_modules
-from qlora_engine.nn.nf4_linear import NF4Linear, is_transposed_linear
+from qlora_engine.models.targets import find_targets, kept_in_float32
+from qlora_engine.nn.nf4_experts import NF4Experts
+from qlora_engine.nn.nf4_linear import NF4Linear
 from qlora_engine.quantization.weight import quantize
 
 QUANT_METHOD = "qlora_engine"
@@ -26,19 +29,24 @@ WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json", "config.json", "gen
 MAX_SHARD_SIZE = "4GB"
 
 
-def save_quantized(model: nn.Module, directory: str | os.PathLike, tokenizer=None) -> Path:
+def save_quantized(
+    model: nn.Module, directory: str | os.PathLike, tokenizer=None, file_format: str = QUANT_METHOD
+) -> Path:
     """Saves the 4-bit base of a model, without adapters: safetensors and a configuration, whole or not at all.
 
     Args:
         model: a transformers model with 4-bit layers.
         directory: folder; older weights in it are replaced, other files stay.
         tokenizer: saved beside the model if given.
+        file_format: "qlora_engine", or "bitsandbytes", whose files transformers loads with bitsandbytes, and servers
+            such as vLLM load as well.
 
     Returns:
         The folder; `load_quantized` reads it.
 
     Raises:
-        ValueError: where the model has no 4-bit layers, or is sharded over processes.
+        ValueError: where the model has no 4-bit layers, is sharded over processes, the format is unknown, or it
+            cannot hold the model.
         TypeError: where it has no transformers configuration.
         FileExistsError: where the folder holds an adapter.
     """
@@ -47,13 +55,16 @@ def save_quantized(model: nn.Module, directory: str | os.PathLike, tokenizer=Non
 
     model = getattr(model, "_orig_mod", model)  # torch.compile's wrapper has other names
     check_whole(model, "saved in 4 bits")
-    layers = {path: m for path, m in model.named_modules() if isinstance(m, NF4Linear)}
+    layers = {path: m for path, m in model.named_modules() if isinstance(m, (NF4Linear, NF4Experts))}
     if not layers:
         raise ValueError("the model has no 4-bit layers; call qlora_engine.quantize_model on it first")
     if not hasattr(model, "config") or not hasattr(model.config, "save_pretrained"):
         raise TypeError(f"{type(model).__name__} has no transformers configuration; save its state_dict instead")
     check_no_adapter(directory)
+    settings = quantization_settings(model, file_format)
     tensors = _base_tensors(model)
+    if file_format == bnb_checkpoint.BNB_METHOD:
+        tensors = bnb_checkpoint.bitsandbytes_tensors(model, tensors)
     plan = split_torch_state_dict_into_shards(
         tensors, filename_pattern="model{suffix}.safetensors", max_shard_size=MAX_SHARD_SIZE
     )
@@ -66,14 +77,7 @@ def save_quantized(model: nn.Module, directory: str | os.PathLike, tokenizer=Non
             (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1, sort_keys=True))
         model.config.save_pretrained(folder)
         config = json.loads((folder / "config.json").read_text())
-        config["quantization_config"] = {
-            "quant_method": QUANT_METHOD,
-            "format": "nf4",
-            "modules": {
-                path: {"blocksize": layer.blocksize, "double_quant": layer.double_quant}
-                for path, layer in layers.items()
-            },
-        }
+        config["quantization_config"] = settings
         config["architectures"] = [type(model).__name__]
         (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
         if getattr(model, "generation_config", None) is not None:
@@ -81,6 +85,29 @@ def save_quantized(model: nn.Module, directory: str | os.PathLike, tokenizer=Non
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
     return Path(directory)
+
+
+def quantization_settings(model: nn.Module, file_format: str = QUANT_METHOD) -> dict:
+    """`quantization_config` of a model's file: which layers are in 4 bits, and how.
+
+    Raises:
+        ValueError: where the format is unknown.
+    """
+    if file_format == bnb_checkpoint.BNB_METHOD:
+        return bnb_checkpoint.bitsandbytes_settings(model)
+    if file_format != QUANT_METHOD:
+        raise ValueError(
+            f"file_format is {file_format!r}; expected {QUANT_METHOD!r} or {bnb_checkpoint.BNB_METHOD!r}"
+        )
+    return {
+        "quant_method": QUANT_METHOD,
+        "format": "nf4",
+        "modules": {
+            path: {"blocksize": layer.blocksize, "double_quant": layer.double_quant}
+            for path, layer in model.named_modules()
+            if isinstance(layer, (NF4Linear, NF4Experts))
+        },
+    }
 
 
 def check_no_adapter(directory: str | os.PathLike) -> None:
@@ -117,10 +144,11 @@ def load_quantized(
 ) -> nn.Module:
     """Loads a model into 4 bits, tensor by tensor: the 16-bit model never exists as a whole.
 
-    Reads a folder that `save_quantized` wrote, or an ordinary one with `config.json` and safetensors, whose linear
-    layers are quantized on `device` as they arrive: several threads read ahead through page-locked memory, and beside
-    the 4-bit model the device holds two tensors of the files at most. Where `save_quantized` wrote the files their
-    checksums are verified. Pickled weights are refused: reading them can run code.
+    Reads a folder that `save_quantized` wrote, one in bitsandbytes' NF4 format, or an ordinary one with `config.json`
+    and safetensors, whose linear layers are quantized on `device` as they arrive: several threads read ahead through
+    page-locked memory, and beside the 4-bit model the device holds two tensors of the files at most. Where
+    `save_quantized` wrote the files their checksums are verified. Pickled weights are refused: reading them can run
+    code.
 
     Args:
         path_or_hub_id: a folder, or a model's name on the Hugging Face hub, which is downloaded.
@@ -140,28 +168,30 @@ def load_quantized(
     """
     folder = resolve_folder(path_or_hub_id)
     shards = find_shards(folder)
-    settings = _read_config(folder)
+    settings = read_config(folder)
     quantization = settings.get("quantization_config")
     method = (quantization or {}).get("quant_method")
-    if quantization and method != QUANT_METHOD:
+    if quantization and method not in (QUANT_METHOD, bnb_checkpoint.BNB_METHOD):
         raise ValueError(
             f"{folder} is already quantized ({method}), a format that cannot be read here; load the 16-bit model"
         )
     config = config or QLoRAConfig(r=0)
-    model = _empty_model(folder, settings)
+    model = empty_model(folder, settings)
     model.config._name_or_path = str(path_or_hub_id)  # an adapter's file names its base model by this
+    weights = None
     if quantization:
+        if method == bnb_checkpoint.BNB_METHOD:
+            quantization["modules"], weights = bnb_checkpoint.read_layers(shards.paths)
+            quantization["format"] = "nf4"
         modules = _read_modules(folder, model, quantization)
         model.qlora_config = QLoRAConfig(r=0)  # what was saved in 16 bits stays so: see left_by_default
     else:
         paths, _, _ = find_targets(model, config)
         modules = {p: {"blocksize": config.blocksize, "double_quant": config.double_quant} for p in paths}
     sources = {path: untie(model, path) for path in modules}
-    places = shared_places(model)
-    for path, options in modules.items():
-        replace_module(model, path, _empty_layer(model, path, **options), places)
+    empty_modules(model, modules)
     with torch.no_grad():
-        _fill(model, shards, sources, device, dtype, config.scales, progress)
+        _fill(model, shards, sources, weights, device, dtype, config.scales, progress)
     if device is not None:
         model.to(device)  # the buffers that no file holds
     target_dtype = dtype or next((p.dtype for p in model.parameters() if p.is_floating_point()), None)
@@ -175,7 +205,7 @@ def load_quantized(
     return model.eval()
 
 
-def _read_config(folder: Path) -> dict:
+def read_config(folder: Path) -> dict:
     path = folder / "config.json"
     if not path.is_file():
         raise FileNotFoundError(f"{folder} is not a model: there is no config.json in it")
@@ -198,7 +228,7 @@ def _read_config(folder: Path) -> dict:
 
 def _read_modules(folder: Path, model: nn.Module, quantization: dict) -> dict[str, dict]:
     """The 4-bit layers that `save_quantized` listed: path -> blocksize and double_quant."""
-    modules, linears = quantization.get("modules"), linear_modules(model)
+    modules, linears = quantization.get("modules"), quantizable(model)
     if quantization.get("format") != "nf4" or not isinstance(modules, dict):
         raise ValueError(
             f"{folder / 'config.json'}: quantization_config has format {quantization.get('format')!r} and "
@@ -223,7 +253,7 @@ def _read_modules(folder: Path, model: nn.Module, quantization: dict) -> dict[st
     return modules
 
 
-def _empty_model(folder: Path, settings: dict) -> nn.Module:
+def empty_model(folder: Path, settings: dict) -> nn.Module:
     """The model with its parameters on the meta device and its buffers, such as rotary frequencies, computed."""
     import transformers
     from accelerate import init_empty_weights
@@ -251,41 +281,34 @@ def _empty_model(folder: Path, settings: dict) -> nn.Module:
     return model
 
 
-def _empty_layer(model: nn.Module, path: str, blocksize: int, double_quant: bool) -> NF4Linear:
-    old = model.get_submodule(path)
-    transposed = is_transposed_linear(old)
-    in_features, out_features = old.weight.shape if transposed else old.weight.shape[::-1]
-    new = NF4Linear(
-        in_features,
-        out_features,
-        old.bias is not None,
-        blocksize=blocksize,
-        double_quant=double_quant,
-        device="meta",
-        dtype=old.weight.dtype,
-    )
-    new.fan_in_fan_out = transposed
-    return new.train(old.training)
-
-
 def _fill(
-    model: nn.Module, shards: Shards, sources, device, dtype: torch.dtype | None, scales: str, progress: bool
+    model: nn.Module,
+    shards: Shards,
+    sources: Mapping[str, str | None],
+    weights: Mapping[str, set[str]] | None,
+    device: torch.device | str | None,
+    dtype: torch.dtype | None,
+    scales: str,
+    progress: bool,
 ) -> None:
     """Puts every tensor of the files into the model; quantizes where a 4-bit layer gets a floating weight.
 
     A layer that was tied to another (`sources`) may have no tensor of its own in the files: it gets the other's.
+    `weights`: the 4-bit weights of files in bitsandbytes' format, whose tensors are renamed.
     """
     from tqdm import tqdm
 
     expected = set(model.state_dict())
     own_name = _own_names(model, expected)
     filled = set()
+    parts = {f"{weight}.{suffix}" for weight, suffixes in (weights or {}).items() for suffix in suffixes}
     stored = shards.tensors()
-    wanted = [tensor for tensor in stored if own_name(tensor.name) in expected]
-    unexpected = [tensor.name for tensor in stored if own_name(tensor.name) not in expected]
+    wanted = [tensor for tensor in stored if tensor.name in parts or own_name(tensor.name) in expected]
+    unexpected = sorted({tensor.name for tensor in stored} - {tensor.name for tensor in wanted})
     nbytes = sum(tensor.nbytes for tensor in wanted)
     with tqdm(total=nbytes, unit="B", unit_scale=True, desc="loading", disable=not progress) as bar:
-        for name, tensor in stream(wanted, device):
+        tensors = stream(wanted, device)
+        for name, tensor in bnb_checkpoint.from_bitsandbytes_names(tensors, weights) if weights else tensors:
             own = own_name(name)
             _assign(model, own, tensor, device, dtype, scales)
             filled.add(own)
@@ -306,7 +329,7 @@ def _fill(
                 for what, names in (("missing", empty), ("not in the model:", unexpected))
                 if names
             )
-            + ". Load it with transformers' from_pretrained, and call qlora_engine.prepare on the model"
+            + ". Load it with transformers' from_pretrained(..., quantization_config=qlora_engine.NF4Config())"
         )
 
 
@@ -355,7 +378,7 @@ def _assign(
     is_parameter = target is not None
     target = target if is_parameter else module._buffers[leaf]
     _check_shape(name, tensor, tuple(target.shape))
-    is_scale = isinstance(module, NF4Linear) and leaf != "bias"
+    is_scale = isinstance(module, (NF4Linear, NF4Experts)) and not leaf.endswith("bias")
     if tensor.is_floating_point() != target.is_floating_point() or (is_scale and tensor.dtype != target.dtype):
         raise ValueError(f"{name} is {tensor.dtype}; expected {target.dtype}")
     if tensor.is_floating_point() and not is_scale:

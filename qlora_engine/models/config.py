@@ -47,6 +47,7 @@ class QLoRAConfig:
         adapter_name: name of the adapter.
         fused: let the projections of one input and gated MLPs act together (`models/grouping.py`), where the model's
             structure allows it; projections of one input then share a mask of dropout. False: every layer by itself.
+        experts: store the stacked weights of a mixture of experts in 4 bits as well (`nn.NF4Experts`), frozen.
 
     Raises:
         ValueError: where a value is out of range.
@@ -68,6 +69,7 @@ class QLoRAConfig:
     adapter_dtype: torch.dtype = torch.float32
     adapter_name: str = DEFAULT_ADAPTER
     fused: bool = True
+    experts: bool = True
 
     def __post_init__(self):
         if not isinstance(self.r, int) or self.r < 0:

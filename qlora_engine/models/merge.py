@@ -11,6 +11,7 @@ from torch import nn
 
 from qlora_engine.models.prepare import replace_module, shared_places
 from qlora_engine.models.sharding import check_whole
+from qlora_engine.nn.nf4_experts import NF4Experts
 from qlora_engine.nn.nf4_linear import NF4Linear
 from qlora_engine.nn.qlora_linear import QLoRALinear
 from qlora_engine.quantization.weight import quantize
@@ -163,6 +164,7 @@ def merge(
         replace_module(model, path, new, places)
         report.layers.append(entry)
     if into != "nf4":
+        _decode_experts(model, DTYPES[into], report if keep_original else None)
         _cast(model, DTYPES[into])
     return report
 
@@ -275,6 +277,14 @@ def _merge_layer(path: str, layer: NF4Linear, names: tuple[str, ...], into: str)
     delta_norm = float(delta.norm()) / norm if delta is not None else 0.0
     error = float((stored - merged).norm()) / norm
     return new, LayerMerge(path, delta_norm, kept, error, before, after)
+
+
+def _decode_experts(model: nn.Module, dtype: torch.dtype, report: MergeReport | None) -> None:
+    """Experts, which have no adapters, become transformers' own again; the report keeps those in 4 bits."""
+    for path, experts in [(p, m) for p, m in model.named_modules() if isinstance(m, NF4Experts)]:
+        replace_module(model, path, experts.to_experts(dtype))
+        if report is not None:
+            report._originals[path] = experts
 
 
 def plain_layer(layer: NF4Linear, weight: torch.Tensor) -> nn.Module:

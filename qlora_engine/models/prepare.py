@@ -9,7 +9,8 @@ from torch import nn
 from qlora_engine.models.adapters import set_adapters
 from qlora_engine.models.config import QLoRAConfig
 from qlora_engine.models.grouping import group_layers, ungroup_layers
-from qlora_engine.models.targets import find_targets, matches, matches_any
+from qlora_engine.models.targets import find_experts, find_targets, matches, matches_any
+from qlora_engine.nn.nf4_experts import NF4Experts
 from qlora_engine.nn.nf4_linear import NF4Linear
 from qlora_engine.nn.qlora_linear import QLoRALinear
 
@@ -17,7 +18,7 @@ from qlora_engine.nn.qlora_linear import QLoRALinear
 def prepare(
     model: nn.Module, config: QLoRAConfig | None = None, device: torch.device | str | None = None
 ) -> nn.Module:
-    """Quantizes a model's linear layers to NF4, adds adapters, and freezes everything else. In place.
+    """Quantizes a model's linear layers and experts to NF4, adds adapters, and freezes everything else. In place.
 
     Layers are converted one at a time, and each 16-bit weight is released before the next. A model that is
     already quantized gets the adapters only; the new adapter is then the only active and trainable one. The output
@@ -39,6 +40,7 @@ def prepare(
     """
     config = config or QLoRAConfig()
     quantized, adapted, saved = find_targets(model, config)
+    stacked = find_experts(model, config)
     ranks = {path: _of_pattern(config.rank_pattern, path, config.r) for path in adapted}
     alphas = {path: _of_pattern(config.alpha_pattern, path, config.alpha) for path in adapted}
     for path in adapted:
@@ -62,6 +64,15 @@ def prepare(
                 device=device,
             )
             replace_module(model, path, new, places)
+    for path in stacked:
+        new = NF4Experts.from_experts(
+            model.get_submodule(path),
+            blocksize=config.blocksize,
+            double_quant=config.double_quant,
+            scales=config.scales,
+            device=device,
+        )
+        replace_module(model, path, new, places)
     if device is not None:
         model.to(device)
     for path in adapted:

@@ -33,6 +33,11 @@ class Shards:
         """Bytes of all files."""
         return sum((self.folder / file).stat().st_size for file in self.files)
 
+    @property
+    def paths(self) -> list[Path]:
+        """Paths of all files."""
+        return [self.folder / file for file in self.files]
+
     def tensors(self) -> list[Stored]:
         """Every tensor of every file, in the order of their bytes; only headers are read.
 

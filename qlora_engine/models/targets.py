@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from qlora_engine.models.config import ALL_LINEAR, QLoRAConfig, TargetError
+from qlora_engine.nn.nf4_experts import NF4Experts, expert_projections
 from qlora_engine.nn.nf4_linear import NF4Linear, is_transposed_linear
 
 # Parts of the paths of output heads, for models that do not name theirs through get_output_embeddings()
@@ -27,6 +28,34 @@ def is_linear(module: nn.Module) -> bool:
 def linear_modules(model: nn.Module) -> dict[str, nn.Module]:
     """Paths and modules of all linear layers, quantized ones included."""
     return {path: module for path, module in model.named_modules() if is_linear(module)}
+
+
+def expert_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """Paths and modules of stacked experts, in 16 bits (see `nn.nf4_experts`) or 4."""
+    modules = {p: m for p, m in model.named_modules() if isinstance(m, NF4Experts) or expert_projections(m)}
+    inside = {f"{path}.gating" for path, module in modules.items() if isinstance(module, NF4Experts)}
+    return {path: module for path, module in modules.items() if path not in inside}
+
+
+def find_experts(model: nn.Module, config: QLoRAConfig) -> list[str]:
+    """Paths of the stacked experts in 16 bits that a configuration wants in 4.
+
+    None in a model that has been prepared before: what was left then stays.
+    """
+    if not config.experts or getattr(model, "qlora_config", None) is not None:
+        return []
+    patterns = (*(config.skip_modules or ()), *config.modules_to_save)
+    return [
+        path
+        for path, module in expert_modules(model).items()
+        if not isinstance(module, NF4Experts) and not any(matches_any(patterns, parent) for parent in _parents(path))
+    ]
+
+
+def _parents(path: str) -> list[str]:
+    """A module's path and those of the modules around it."""
+    parts = path.split(".")
+    return [".".join(parts[:n]) for n in range(1, len(parts) + 1)]
 
 
 def matches(pattern: str, path: str) -> bool:
@@ -140,7 +169,7 @@ def find_targets(model: nn.Module, config: QLoRAConfig) -> tuple[list[str], list
         asked_for = {path for path in linears if matches_any(named, path)}
         skipped = (left_by_default(model) - asked_for) | inside_saved
     else:
-        check_patterns(config.skip_modules, list(linears), "skip_modules")
+        check_patterns(config.skip_modules, [*linears, *expert_modules(model)], "skip_modules")
         skipped = {path for path in linears if matches_any(config.skip_modules, path)} | inside_saved
     quantized = [p for p, m in linears.items() if p not in skipped or isinstance(m, NF4Linear)]
     if not quantized:

@@ -165,6 +165,11 @@ class NF4Linear(nn.Linear):
         """Whether the scales are stored in 8 bits."""
         return self.nested_absmax is not None
 
+    @property
+    def W_q(self) -> nn.Parameter:
+        """The packed weight again, under the name by which PEFT knows a layer that it must ask to `dequantize`."""
+        return self.weight
+
     def dequantize(self, dtype: torch.dtype | None = None) -> torch.Tensor:
         """The decoded weight `[out_features, in_features]`; default dtype: that of the weight before."""
         return self.nf4_weight.dequantize(dtype)

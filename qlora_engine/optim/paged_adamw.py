@@ -152,7 +152,10 @@ class PagedAdamW(torch.optim.Optimizer):
             raise ValueError(f"bits is {group['bits']}; expected 32 or 8")
         for param in group["params"]:
             if param.dtype not in DTYPES:
-                raise ValueError(f"a parameter is {param.dtype}; expected float32, float16 or bfloat16")
+                raise ValueError(
+                    f"a parameter is {param.dtype}; expected float32, float16 or bfloat16. Of a model with 4-bit "
+                    "weights, give it those that are trained: [p for p in model.parameters() if p.requires_grad]"
+                )
             if not is_dense(local_part(param)):
                 raise ValueError(
                     f"a parameter of shape {tuple(param.shape)} and strides {param.stride()} has gaps or overlaps in "

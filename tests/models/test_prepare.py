@@ -11,6 +11,8 @@ from torch import nn
 
 import qlora_engine as qe
 from qlora_engine.models.adapters import adapter_layers
+from qlora_engine.nn import NF4Experts
+from tests.models import tiny
 from tests.models.tiny import bert, gpt2, llama, token_ids
 
 
@@ -315,3 +317,36 @@ def test_the_same_adapter_twice_changes_nothing():
         value, trainable = before[name]
         assert torch.equal(parameter, value)
         assert parameter.requires_grad == trainable
+
+
+@pytest.mark.parametrize("make", [tiny.qwen3_moe, tiny.gpt_oss])
+def test_experts(make):
+    """Stacked experts are quantized too, stay what they are when adapters come, and are decoded by merging."""
+    model = make().eval()
+    bytes_before = sum(p.nbytes for p in model.parameters())
+    qe.prepare(model, qe.QLoRAConfig(r=4))
+    experts = [m for m in model.modules() if isinstance(m, NF4Experts)]
+    assert len(experts) == 2
+    assert sum(p.nbytes for p in model.parameters() if not p.requires_grad) < 0.45 * bytes_before
+    assert not any(p.requires_grad for m in experts for p in m.parameters())
+    model(tiny.token_ids(), labels=tiny.token_ids()).loss.backward()
+    expected = model(tiny.token_ids()).logits
+    report = qe.merge(model, into="fp32")
+    assert not any(isinstance(m, NF4Experts) for m in model.modules())
+    torch.testing.assert_close(model(tiny.token_ids()).logits, expected, rtol=1e-4, atol=1e-5)
+    qe.unmerge(model, report)
+    assert [m for m in model.modules() if isinstance(m, NF4Experts)] == experts
+    assert torch.equal(model(tiny.token_ids()).logits, expected)
+
+
+def test_experts_that_stay():
+    config = qe.QLoRAConfig(r=0, skip_modules=["lm_head", "model.layers.1.mlp"], experts=True)
+    with pytest.raises(qe.TargetError, match=r"layers\.1\.mlp"):
+        qe.prepare(tiny.qwen3_moe(), config)
+    model = qe.prepare(tiny.qwen3_moe(), qe.QLoRAConfig(r=0, skip_modules=["lm_head", "layers.1.mlp.experts"]))
+    kinds = [isinstance(layer.mlp.experts, NF4Experts) for layer in model.model.layers]
+    assert kinds == [True, False]
+    qe.prepare(model, qe.QLoRAConfig(r=4))
+    assert [isinstance(layer.mlp.experts, NF4Experts) for layer in model.model.layers] == kinds
+    without = qe.prepare(tiny.qwen3_moe(), qe.QLoRAConfig(r=0, experts=False))
+    assert not any(isinstance(m, NF4Experts) for m in without.modules())

@@ -100,3 +100,54 @@ def t5(seed: int = 0, **options):
 def token_ids(batch: int = 2, length: int = 12) -> torch.Tensor:
     """int64 `[batch, length]`, the same each time."""
     return torch.randint(3, VOCABULARY, (batch, length), generator=torch.Generator().manual_seed(0))
+
+
+def qwen3_moe(seed: int = 0, **options):
+    """Two layers of four experts each, two for a token."""
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    torch.manual_seed(seed)
+    config = Qwen3MoeConfig(
+        **{
+            "hidden_size": 64,
+            "intermediate_size": 96,
+            "moe_intermediate_size": 48,
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "head_dim": 16,
+            "vocab_size": VOCABULARY,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+            "pad_token_id": 0,
+            **options,
+        }
+    )
+    return Qwen3MoeForCausalLM(config)
+
+
+def gpt_oss(seed: int = 0, **options):
+    """Two layers of four experts with biases, whose weights are transposed and whose gate is interleaved."""
+    from transformers import GptOssConfig, GptOssForCausalLM
+
+    torch.manual_seed(seed)
+    config = GptOssConfig(
+        **{
+            "hidden_size": 64,
+            "intermediate_size": 48,
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "head_dim": 16,
+            "vocab_size": VOCABULARY,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+            "pad_token_id": 0,
+            **options,
+        }
+    )
+    return GptOssForCausalLM(config)
