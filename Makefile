@@ -44,7 +44,7 @@ test: $(if $(filter none,$(VENV)),,$(TEST_VENV)/.test-ready)
 
 %/.test-ready: %/.torch-ready $(SOURCES)
 	$*/bin/python $(PIP) install --quiet setuptools wheel
-	$*/bin/python $(PIP) install --quiet --no-build-isolation -e '.[train,test]'
+	$*/bin/python $(PIP) install --quiet --no-build-isolation -e '.[train,test,docs]'
 	@touch $@
 
 %/.torch-ready:

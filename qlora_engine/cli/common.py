@@ -55,12 +55,12 @@ def add_quantization_flags(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def require(packages: tuple[str, ...]) -> None:
-    """Raises MissingDependency naming the packages that are not installed."""
+def require(packages: tuple[str, ...], extra: str = "train") -> None:
+    """Raises MissingDependency naming the packages that are not installed, and the extra that has them."""
     missing = [name for name in packages if importlib.util.find_spec(name) is None]
     if missing:
         raise MissingDependency(
-            f"this command needs {', '.join(missing)}; install with: pip install 'qlora_engine[train]'"
+            f"this command needs {', '.join(missing)}; install with: pip install 'qlora_engine[{extra}]'"
         )
 
 

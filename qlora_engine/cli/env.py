@@ -9,6 +9,7 @@ import shutil
 import subprocess
 from pathlib import Path
 
+from qlora_engine.cli import cases
 from qlora_engine.cli.common import add_command
 
 DESCRIPTION = """\
@@ -71,7 +72,14 @@ def collect() -> dict:
             name: {device: backend.implementation(name, device) for device in ("cpu", "cuda")}
             for name in (*SCHEMAS, *ADAPTER_SCHEMAS)
         },
+        "cases": {device: cases.collect(device) for device in _device_names(torch)},
+        "variables": cases.variables(),
     }
+
+
+def _device_names(torch) -> list[str]:
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    return ["cpu", *(f"cuda:{index}" for index in range(count))]
 
 
 def as_text(report: dict) -> str:
@@ -90,9 +98,6 @@ def as_text(report: dict) -> str:
     ]
     for index, device in enumerate(cuda["devices"]):
         lines.append(f"  GPU {index}       {device['name']}, {device['capability']}, {device['memory_gib']} GiB")
-        if device["linear"]:
-            ways = ", ".join(f"{way} at {rows}" for rows, way in device["linear"].items())
-            lines.append(f"    products  {ways} rows of x")
     lines.append(f"library       {'in use' if library['in_use'] else 'not in use: ' + library['why_not']}")
     no_triton = library["triton_why_not"]
     lines.append(f"  Triton      {'no kernels: ' + no_triton if no_triton else 'kernels of adapters, on a GPU'}")
@@ -103,6 +108,13 @@ def as_text(report: dict) -> str:
     width = max(map(len, report["operators"])) + 2
     lines.append(f"{'operators':<{width + 2}}{'CPU':<11}CUDA")
     lines += [f"  {name:<{width}}{served['cpu']:<11}{served['cuda']}" for name, served in report["operators"].items()]
+    for device, rows in report["cases"].items():
+        lines.append(f"what serves {device}")
+        wide = max(len(row["case"]) for row in rows)
+        for row in rows:
+            why = f"  ({row['why_not']})" if row["why_not"] else ""
+            lines.append(f"  {row['case']:<{wide}}  {row['served_by']}{why}")
+    lines += [f"{name}={value}" for name, value in report["variables"].items()]
     lines.append("packages      " + ", ".join(f"{name} {v}" for name, v in report["packages"].items() if v))
     absent = [name for name, version in report["packages"].items() if not version]
     if absent:
@@ -189,19 +201,6 @@ def _devices(torch) -> list[dict]:
                 "capability": f"sm_{facts.major}{facts.minor}",
                 "memory_gib": round(facts.total_memory / 2**30, 1),
                 "multiprocessors": facts.multi_processor_count,
-                "linear": _linear_paths(index),
             }
         )
     return found
-
-
-def _linear_paths(index: int) -> dict[int, str] | None:
-    """Which way bfloat16 products with a 4-bit weight of 4096 x 4096 take on a GPU, by rows of x."""
-    from qlora_engine.ops import backend
-    from qlora_engine.ops.linear import linear_path
-
-    if backend.implementation("linear_nf4", "cuda") != "compiled":
-        return None
-    import torch
-
-    return {rows: linear_path(rows, 4096, 4096, torch.bfloat16, device=index).name for rows in (1, 64, 1024, 8192)}

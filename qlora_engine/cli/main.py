@@ -8,12 +8,13 @@ import sys
 from qlora_engine.cli.common import Formatter
 from qlora_engine.training.errors import Interrupted, UsageError
 
-COMMANDS = ("finetune", "quantize", "merge", "generate", "convert", "env")
+COMMANDS = ("finetune", "search", "quantize", "merge", "generate", "convert", "estimate", "env", "bench")
 USAGE_EXIT, INTERRUPT_EXIT = 2, 130
 DESCRIPTION = """\
 Fine-tune a large language model on a frozen 4-bit base.
 
   qlora finetune --model MODEL --data rows.jsonl --output run    train an adapter, write a report
+  qlora search --model MODEL --data rows.jsonl --output found    find rank, scaling and learning rate
   qlora generate --model MODEL --adapter run/adapter --prompt "..."
   qlora merge --model MODEL --adapter run/adapter --output merged
 """

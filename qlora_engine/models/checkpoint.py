@@ -165,7 +165,7 @@ def load_quantized(
     """
     folder = resolve_folder(path_or_hub_id)
     shards = find_shards(folder)
-    settings = _read_config(folder)
+    settings = read_config(folder)
     quantization = settings.get("quantization_config")
     method = (quantization or {}).get("quant_method")
     if quantization and method not in (QUANT_METHOD, bnb_checkpoint.BNB_METHOD):
@@ -173,7 +173,7 @@ def load_quantized(
             f"{folder} is already quantized ({method}), a format that cannot be read here; load the 16-bit model"
         )
     config = config or QLoRAConfig(r=0)
-    model = _empty_model(folder, settings)
+    model = empty_model(folder, settings)
     model.config._name_or_path = str(path_or_hub_id)  # an adapter's file names its base model by this
     weights = None
     if quantization:
@@ -202,7 +202,7 @@ def load_quantized(
     return model.eval()
 
 
-def _read_config(folder: Path) -> dict:
+def read_config(folder: Path) -> dict:
     path = folder / "config.json"
     if not path.is_file():
         raise FileNotFoundError(f"{folder} is not a model: there is no config.json in it")
@@ -250,7 +250,7 @@ def _read_modules(folder: Path, model: nn.Module, quantization: dict) -> dict[st
     return modules
 
 
-def _empty_model(folder: Path, settings: dict) -> nn.Module:
+def empty_model(folder: Path, settings: dict) -> nn.Module:
     """The model with its parameters on the meta device and its buffers, such as rotary frequencies, computed."""
     import transformers
     from accelerate import init_empty_weights

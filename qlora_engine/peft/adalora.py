@@ -20,6 +20,7 @@ from qlora_engine.peft.layerwise import LayerwiseMethod
 from qlora_engine.peft.sites import BranchSite
 
 EPSILON = 1e-5  # PEFT divides by the rank plus this
+TRIPLET, MEANS = ("lora_A", "lora_E", "lora_B"), ("mean", "spread")
 
 
 @dataclasses.dataclass
@@ -116,7 +117,7 @@ class TripletBranch(Branch):
 
     def named_tensors(self) -> dict[str, torch.Tensor]:
         """What a file must have of this layer, by the ends of names."""
-        return dict(zip(("lora_A", "lora_E", "lora_B"), self.triplet, strict=True)) | {"kept": self.kept}
+        return dict(zip(TRIPLET, self.triplet, strict=True)) | {"kept": self.kept}
 
     def delta(self) -> torch.Tensor:
         """The change of the layer's weight: float32 `[out, in]`."""
@@ -168,7 +169,8 @@ class Importance:
 class AdaLoRAMethod(LayerwiseMethod):
     """A `TripletBranch` on each chosen layer, and the allocation of ranks.
 
-    Running means of importances are not in the file: a training that is resumed from it starts them anew.
+    Running means of importances are in `progress` and not in the file: a training that goes on from the file alone
+    starts them anew.
     """
 
     config_class = AdaLoRA
@@ -230,6 +232,32 @@ class AdaLoRAMethod(LayerwiseMethod):
                     self._sites[path].branch.kept.copy_(chosen)
         if step == end:
             self._importances.clear()
+
+    def progress(self) -> dict[str, torch.Tensor]:
+        """Both running means of A, E and B in each layer; nothing before the first step and once ranks are fixed."""
+        return {
+            f"{path}.{end}.{mean}": getattr(importance, mean)
+            for path, watched in self._importances.items()
+            for end, importance in zip(TRIPLET, watched, strict=True)
+            for mean in MEANS
+        }
+
+    @torch.no_grad()
+    def resume(self, step: int, progress: Mapping[str, torch.Tensor] | None = None) -> None:
+        """Takes up the running means.
+
+        Raises:
+            MethodError: where they are of other layers or ranks.
+        """
+        self._importances.clear()
+        if not progress:
+            return
+        for path, site in self._sites.items():
+            self._importances[path] = tuple(Importance(p) for p in site.branch.triplet)
+        for name, mean in self.progress().items():
+            if name not in progress or progress[name].shape != mean.shape:
+                raise MethodError(f"adalora: the importances {name} are missing, or of another rank")
+            mean.copy_(progress[name])
 
     def _observe(self) -> None:
         for path, site in self._sites.items():

@@ -5,7 +5,7 @@ import contextlib
 import dataclasses
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -161,8 +161,17 @@ class Method(abc.ABC):
     def after_step(self, step: int) -> None:  # noqa: B027 - most methods do nothing here
         """What happens after each optimizer step (from 1 on), while gradients are still there."""
 
-    def resume(self, step: int) -> None:  # noqa: B027 - most methods do nothing here
-        """What comes back when training goes on after `step` steps, besides what `tensors` hold."""
+    def progress(self) -> dict[str, torch.Tensor]:
+        """What training has gathered besides `tensors`, for `resume`; nothing for most methods."""
+        return {}
+
+    def resume(self, step: int, progress: Mapping[str, torch.Tensor] | None = None) -> None:  # noqa: B027
+        """What comes back when training goes on after `step` steps, besides what `tensors` hold.
+
+        Args:
+            step: optimizer steps done.
+            progress: what `progress()` gave then.
+        """
 
     def finish(self) -> None:  # noqa: B027 - most methods do nothing here
         """What happens once, when training is over, such as pruning."""

@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from qlora_engine.models.targets import check_patterns, is_linear, matches_any
-from qlora_engine.peft.base import Method, MethodConfig, MethodError, register
-from qlora_engine.peft.values import TrainedValues
+from qlora_engine.peft.base import MethodConfig, MethodError, register
+from qlora_engine.peft.values import InPlaceMethod, TrainedValues
 
 
 @dataclasses.dataclass
@@ -28,8 +28,8 @@ class BitFit(MethodConfig):
 
 
 @register
-class BitFitMethod(Method):
-    """Biases of the model itself, trained in place; their former values come back on `disable` and `remove`."""
+class BitFitMethod(InPlaceMethod):
+    """Biases of the model itself, and those that linear layers are given."""
 
     config_class = BitFit
 
@@ -61,20 +61,12 @@ class BitFitMethod(Method):
         )
 
     def _uninstall(self) -> None:
-        self._values.restore()
+        super()._uninstall()
         for path in self._added:
             self.model.get_submodule(path).bias = None
-
-    def _switch(self, enabled: bool) -> None:
-        self._values.swap()
-
-    def tensors(self) -> dict[str, torch.Tensor]:
-        return self._values.parameters()
 
     def merge(self) -> nn.Module:
         """The trained biases stay."""
         self._check_applied()
-        self.enable()
-        self._values.keep()
         self._added = []
-        return self.remove()
+        return super().merge()

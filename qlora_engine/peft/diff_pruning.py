@@ -1,7 +1,7 @@
 """Diff pruning (Guo et al. 2021, "Parameter-Efficient Transfer Learning with Diff Pruning")."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -125,7 +125,7 @@ class DiffPruningMethod(Method):
             for part in self._attached.parts.values():
                 part.draw(step)
 
-    def resume(self, step: int) -> None:
+    def resume(self, step: int, progress: Mapping[str, torch.Tensor] | None = None) -> None:
         """The gates that were drawn after that step."""
         self.after_step(step)
 

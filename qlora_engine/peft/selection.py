@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 from qlora_engine.models.targets import HEAD_NAMES, check_patterns, matches_any
-from qlora_engine.peft.base import Method, MethodConfig, MethodError, applied, register
+from qlora_engine.peft.base import MethodConfig, MethodError, applied, register
 from qlora_engine.peft.blocks import as_list, find_blocks
-from qlora_engine.peft.values import TrainedValues
+from qlora_engine.peft.values import InPlaceMethod, TrainedValues
 
 PREFIX, INFIX = "base_model.model.", ".ln_tuning_layers."  # of the tensors in PEFT's files
 
@@ -50,8 +50,8 @@ def _is_norm(module: nn.Module) -> bool:
 
 
 @register
-class LayerSelectionMethod(Method):
-    """The chosen parameters, trained in place; their former values come back on `disable` and `remove`."""
+class LayerSelectionMethod(InPlaceMethod):
+    """The chosen parameters."""
 
     config_class = LayerSelection
     peft_type = "LN_TUNING"
@@ -122,22 +122,6 @@ class LayerSelectionMethod(Method):
         if head is not None:
             return [path for path, module in modules.items() if module is head]
         return [path for path in modules if path.rsplit(".", 1)[-1] in HEAD_NAMES]
-
-    def _uninstall(self) -> None:
-        self._values.restore()
-
-    def _switch(self, enabled: bool) -> None:
-        self._values.swap()
-
-    def tensors(self) -> dict[str, torch.Tensor]:
-        return self._values.parameters()
-
-    def merge(self) -> nn.Module:
-        """The trained values stay."""
-        self._check_applied()
-        self.enable()
-        self._values.keep()
-        return self.remove()
 
     def notes(self) -> dict[str, Any]:
         """Names of parameters that are trained because another name of theirs was chosen."""

@@ -5,6 +5,8 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
+from qlora_engine.peft.base import Method
+
 
 class TrainedValues:
     """Parameters whose former values can be brought back.
@@ -52,3 +54,28 @@ class TrainedValues:
     def keep(self) -> None:
         """Makes the trained values those that `restore` brings back."""
         self._former = {name: param.detach().clone() for name, param in self.parameters().items()}
+
+
+class InPlaceMethod(Method):
+    """Parameters of the model itself, trained in place; their former values come back on `disable` and `remove`.
+
+    A subclass writes `_install`, which makes `_values`.
+    """
+
+    _values: TrainedValues
+
+    def _uninstall(self) -> None:
+        self._values.restore()
+
+    def _switch(self, enabled: bool) -> None:
+        self._values.swap()
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        return self._values.parameters()
+
+    def merge(self) -> nn.Module:
+        """The trained values stay."""
+        self._check_applied()
+        self.enable()
+        self._values.keep()
+        return self.remove()

@@ -1,7 +1,7 @@
 """What a user can get wrong. Each message says what was given, what was expected and what to do."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 
 class UsageError(ValueError):
@@ -62,16 +62,23 @@ def one_sentence(error: BaseException) -> str:
 
 
 @contextlib.contextmanager
-def out_of_memory_as_usage_error(advice: str) -> Iterator[None]:
-    """Turns an out-of-memory error of either device into MemoryShortage that ends with `advice`."""
+def out_of_memory_as_usage_error(advice: str | Callable[[], str]) -> Iterator[None]:
+    """Turns an out-of-memory error of either device into MemoryShortage that ends with `advice`.
+
+    Args:
+        advice: a sentence, or what makes it when it is needed.
+    """
     import torch
+
+    def words() -> str:
+        return advice if isinstance(advice, str) else advice()
 
     try:
         yield
     except (torch.OutOfMemoryError, MemoryError) as error:
-        raise MemoryShortage(f"out of memory: {one_sentence(error)[:160]}. {advice}") from error
+        raise MemoryShortage(f"out of memory: {one_sentence(error)[:160]}. {words()}") from error
     except RuntimeError as error:
         # the CPU allocator has no exception of its own
         if "not enough memory" not in str(error) and "DefaultCPUAllocator" not in str(error):
             raise
-        raise MemoryShortage(f"out of memory on the CPU: {one_sentence(error)[:160]}. {advice}") from error
+        raise MemoryShortage(f"out of memory on the CPU: {one_sentence(error)[:160]}. {words()}") from error

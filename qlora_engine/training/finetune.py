@@ -1,6 +1,8 @@
 """The recipe of `qlora finetune`: data, model, training, evaluation, report."""
 
 import contextlib
+import dataclasses
+import functools
 import json
 import random
 import time
@@ -13,10 +15,20 @@ from qlora_engine.models.files import atomic_write
 from qlora_engine.training import checkpoints, data, memory, parallel
 from qlora_engine.training.device import choose_device, choose_dtype, see_one_gpu
 from qlora_engine.training.errors import DataError, Interrupted, OptionError, out_of_memory_as_usage_error
-from qlora_engine.training.options import FinetuneOptions
+from qlora_engine.training.options import LORA, FinetuneOptions
 from qlora_engine.training.source import resolve_model
 
 MEMORY_ADVICE = "Lower --batch-size (and raise --grad-accum) or --max-length; or pass --gradient-checkpointing full"
+
+
+def memory_advice(options: FinetuneOptions, folder: Path, device: torch.device) -> str:
+    """What to do about a run that ran out of memory: on a GPU, by the estimator."""
+    if device.type != "cuda" or options.method != LORA:
+        return MEMORY_ADVICE
+    from qlora_engine.training import estimator
+
+    gpu = torch.cuda.get_device_properties(device).total_memory
+    return estimator.advice(dataclasses.replace(options, model=str(folder)), gpu, padded=not options.packing)
 
 
 @dataclass(frozen=True)
@@ -51,7 +63,7 @@ def finetune(options: FinetuneOptions) -> FinetuneResult:
     began = time.perf_counter()
     # everything that can be wrong with the input shows before the slow part: TRL's import and the model
     options.check()
-    train_rows, held_out = _load_data(options)
+    train_rows, held_out = load_data(options)
     ranks = parallel.find_ranks(options)
     checkpoint = checkpoints.checkpoint_to_resume(options, ranks.size)
     device = choose_device(ranks.device_name(options.device) if ranks.size > 1 else see_one_gpu(options.device))
@@ -87,8 +99,9 @@ def finetune(options: FinetuneOptions) -> FinetuneResult:
     metrics = trainer.MetricsLog(
         output / checkpoints.METRICS_FILE, checkpoints.step_of(checkpoint) if checkpoint else None, ranks.first
     )
+    advice = functools.partial(memory_advice, options, folder, device)
     with contextlib.ExitStack() as stack:
-        stack.enter_context(out_of_memory_as_usage_error(MEMORY_ADVICE))
+        stack.enter_context(out_of_memory_as_usage_error(advice))
         stop = stack.enter_context(trainer.stop_on_interrupt())
         loop = build_trainer(options, model, tokenizer, train_rows, held_out, device, dtype, ranks)
         stack.enter_context(parallel.end_with_peers(ranks, _resume_advice(output)))
@@ -151,7 +164,13 @@ def finetune(options: FinetuneOptions) -> FinetuneResult:
     return FinetuneResult(output, adapter, model, tokenizer, summary)
 
 
-def _load_data(options: FinetuneOptions) -> tuple[data.Rows, data.Rows | None]:
+def load_data(options: FinetuneOptions) -> tuple[data.Rows, data.Rows | None]:
+    """(training rows, held-out rows) that the options name or split off; None where none are held out.
+
+    Raises:
+        OptionError: where an option is for rows of another format.
+        DataError: where the data cannot be read.
+    """
     rows = data.load_rows(options.data)
     for name, wanted, formats in (
         ("--chat", options.chat, ("prompt/completion",)),

@@ -16,6 +16,7 @@ from qlora_engine.training.errors import OptionError, as_usage_error
 from qlora_engine.training.options import LORA, FinetuneOptions, flag
 
 STATE_FILE = "method_state.safetensors"  # of a checkpoint: what training needs and the adapter's own file leaves out
+PROGRESS = "progress:"  # before the names of `Method.progress` in that file
 SAMPLES = 256  # rows from which a method chooses what it trains
 
 
@@ -84,13 +85,16 @@ def choose(trainer) -> None:
 def save_checkpoint(method: peft.Method, folder: str | Path) -> None:
     """Writes the method's own file, and beside it all that it holds."""
     method.save(folder)
-    save_file(method.state_dict(), Path(folder) / STATE_FILE)
+    gathered = {f"{PROGRESS}{name}": t.detach().cpu().contiguous() for name, t in method.progress().items()}
+    save_file(method.state_dict() | gathered, Path(folder) / STATE_FILE)
 
 
 def load_checkpoint(method: peft.Method, folder: str | Path) -> None:
     """Reads what `save_checkpoint` wrote into a method that is on its model."""
-    method.load_state_dict(load_file(Path(folder) / STATE_FILE))
-    method.resume(step_of(Path(folder)))
+    found = load_file(Path(folder) / STATE_FILE)
+    gathered = {name.removeprefix(PROGRESS): found.pop(name) for name in list(found) if name.startswith(PROGRESS)}
+    method.load_state_dict(found)
+    method.resume(step_of(Path(folder)), gathered)
 
 
 class MethodSteps(TrainerCallback):

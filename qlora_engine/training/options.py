@@ -7,6 +7,7 @@ import dataclasses
 import difflib
 import types
 import typing
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -166,9 +167,11 @@ def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def add_flags(parser: argparse.ArgumentParser) -> None:
-    """Adds one flag for each option. A flag that is not given leaves nothing in the namespace."""
+def add_flags(parser: argparse.ArgumentParser, names: Collection[str] | None = None) -> None:
+    """Adds one flag for each option, or for those of `names`; one not given leaves nothing in the namespace."""
     for spec in dataclasses.fields(FinetuneOptions):
+        if names is not None and spec.name not in names:
+            continue
         kind, many, _ = _kind(spec)
         shown = spec.default if spec.default is not dataclasses.MISSING else spec.default_factory()
         shown = " ".join(shown) if many else shown
@@ -285,3 +288,10 @@ def _converted(kind: type, value, name: str):
         return value
     words = {float: "a number", int: "a whole number", bool: "true or false", str: "text"}
     raise OptionError(f"{name} is {value!r}; expected {words[kind]}")
+
+
+def recomputation_policy(options: FinetuneOptions, on_gpu: bool) -> str:
+    """The policy of `activations.recompute_layers` that `--gradient-checkpointing` means."""
+    if options.gradient_checkpointing == "auto":
+        return "selective" if on_gpu or options.activation_gib is not None else "none"
+    return {"on": "full", "off": "none"}.get(options.gradient_checkpointing, options.gradient_checkpointing)

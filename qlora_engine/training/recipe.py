@@ -18,7 +18,7 @@ from qlora_engine.training.data import Rows
 from qlora_engine.training.errors import DataError, UsageError, as_usage_error
 from qlora_engine.training.memory import GIB
 from qlora_engine.training.methods import apply_method, method_config
-from qlora_engine.training.options import FinetuneOptions
+from qlora_engine.training.options import FinetuneOptions, recomputation_policy
 from qlora_engine.training.parallel import Ranks, training_arguments
 from qlora_engine.training.trainer import QLoRATrainer
 
@@ -30,8 +30,22 @@ def load_model(options: FinetuneOptions, folder: Path, device: torch.device, dty
         UsageError: where the model or the targets do not fit; the library's sentence is kept.
     """
     method = method_config(options)
+    model, tokenizer = load_base(options, folder, device, dtype, first, r=options.r if method is None else 0)
+    apply_method(model, method)
+    check_head(model)
+    return model, tokenizer
+
+
+def load_base(
+    options: FinetuneOptions, folder: Path, device: torch.device, dtype: torch.dtype, first: bool = True, r: int = 0
+) -> tuple[torch.nn.Module, object]:
+    """(4-bit model, tokenizer), with fresh adapters of rank `r`, or with none.
+
+    Raises:
+        UsageError: where the model, the tokenizer or the targets do not fit; the library's sentence is kept.
+    """
     config = QLoRAConfig(
-        r=options.r if method is None else 0,
+        r=r,
         alpha=options.alpha,
         dropout=options.dropout,
         rslora=options.rslora,
@@ -45,16 +59,19 @@ def load_model(options: FinetuneOptions, folder: Path, device: torch.device, dty
     with as_usage_error():
         tokenizer = AutoTokenizer.from_pretrained(folder)
         model = load_quantized(folder, config, device=device, dtype=dtype, progress=sys.stderr.isatty() and first)
-    apply_method(model, method)
+    if tokenizer.pad_token is None and tokenizer.eos_token is None:
+        raise UsageError(f"the tokenizer of {options.model} has neither a padding nor an end token; set one of them")
+    return model, tokenizer
+
+
+def check_head(model: torch.nn.Module) -> None:
+    """Raises UsageError where the output head is in 4 bits or adapted."""
     head = model.get_output_embeddings()
     if isinstance(head, NF4Linear):
         raise UsageError(
             "the output head cannot be quantized or adapted here: the loss is computed from its 16-bit weight; "
             "take it out of --target-modules"
         )
-    if tokenizer.pad_token is None and tokenizer.eos_token is None:
-        raise UsageError(f"the tokenizer of {options.model} has neither a padding nor an end token; set one of them")
-    return model, tokenizer
 
 
 def _optimizer(options: FinetuneOptions) -> tuple[type[torch.optim.Optimizer], dict]:
@@ -85,7 +102,7 @@ def build_trainer(
     on_gpu = device.type == "cuda"
     checkpointing = False  # by transformers; `step.set_up` turns on this engine's own
     if step.leaves_recomputation_to_transformers(options, model):
-        checkpointing = step.recomputation_policy(options, on_gpu) != "none"
+        checkpointing = recomputation_policy(options, on_gpu) != "none"
     settings = {
         "output_dir": str(Path(options.output) / CHECKPOINTS),
         "seed": options.seed,

@@ -5,16 +5,9 @@ import torch
 from qlora_engine.training import activations, liger, loss
 from qlora_engine.training.cuda_graphs import CapturedStep, bucket_length, causal_attention, padded_batch
 from qlora_engine.training.errors import UsageError, as_usage_error
-from qlora_engine.training.options import LORA, FinetuneOptions
+from qlora_engine.training.options import LORA, FinetuneOptions, recomputation_policy
 
 BATCH = {"input_ids", "labels", "attention_mask"}  # what a batch that can be captured holds
-
-
-def recomputation_policy(options: FinetuneOptions, on_gpu: bool) -> str:
-    """The policy of `activations.recompute_layers` that `--gradient-checkpointing` means."""
-    if options.gradient_checkpointing == "auto":
-        return "selective" if on_gpu or options.activation_gib is not None else "none"
-    return {"on": "full", "off": "none"}.get(options.gradient_checkpointing, options.gradient_checkpointing)
 
 
 def leaves_recomputation_to_transformers(options: FinetuneOptions, model: torch.nn.Module) -> bool:

@@ -292,3 +292,23 @@ def test_a_closed_pipe_is_no_error():
         ["bash", "-c", f"set -o pipefail; {command}"], capture_output=True, text=True, env=ENVIRONMENT
     )
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_estimate_reads_the_configuration_alone(place, here, tmp_path):
+    (tmp_path / "config.json").write_text((place / "tiny" / "config.json").read_text())
+    printed = here("estimate", tmp_path, "--gpu", "24GiB", "--seq", 512, "--batch-size", 2)
+    assert "LlamaForCausalLM" in printed
+    assert "2 sequences of 512 tokens" in printed
+    assert "fits into 24.0 GiB" in printed
+    report = json.loads(here("estimate", "--config", "options.yaml", "--gpu", "0.5", "--json"))
+    assert report["adapter_parameters"] == sum(
+        2 * 4 * (a + b) for a, b in ((64, 64), (64, 32), (64, 32), (64, 64), (64, 96), (64, 96), (96, 64))
+    )
+    assert not report["fits"]
+    assert sum(report["bytes"].values()) == report["total"]
+
+
+@pytest.mark.parametrize("size", ["24 pounds", "0", "-1GiB", ""])
+def test_estimate_refuses_a_size_that_is_none(place, size, capsys):
+    assert main(["estimate", str(place / "tiny"), f"--gpu={size}"]) == 2
+    assert "expected a size such as 24GiB" in capsys.readouterr().err

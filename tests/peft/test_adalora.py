@@ -147,3 +147,27 @@ def test_what_it_refuses(tmp_path):
         with pytest.raises(peft.MethodError, match=message):
             peft.load(net, tmp_path)
         assert peft.applied(net) == []
+
+
+def test_importances_go_on_from_where_they_were():
+    config = AdaLoRA(init_r=4, target_r=1, total_steps=8, t_final=2)
+    whole = peft.apply(build("llama", True), config)
+    train(whole.model, whole, "llama", 3)
+    parts = peft.apply(build("llama", True), config)
+    parts.load_state_dict(whole.state_dict())
+    parts.resume(3, {name: mean.clone() for name, mean in whole.progress().items()})
+    anew = peft.apply(build("llama", True), config)
+    anew.load_state_dict(whole.state_dict())
+    anew.resume(3)
+    assert not anew.progress()
+    for method in (whole, parts, anew):
+        method.model.zero_grad()
+        method.model(**inputs("llama")).loss.backward()
+        method.after_step(4)
+    expected, got, other = (method.progress() for method in (whole, parts, anew))
+    assert expected.keys() == got.keys()
+    assert all(torch.equal(mean, got[name]) for name, mean in expected.items())
+    assert any(not torch.equal(mean, other[name]) for name, mean in expected.items())
+    small = peft.apply(build("llama", True), AdaLoRA(init_r=2, target_r=1, total_steps=8))
+    with pytest.raises(peft.MethodError, match="missing, or of another rank"):
+        small.resume(3, expected)

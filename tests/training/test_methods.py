@@ -12,6 +12,7 @@ from qlora_engine.training.errors import OptionError, UsageError
 from qlora_engine.training.finetune import finetune
 from qlora_engine.training.methods import method_config
 from tests.training.test_finetune import InterruptAt, losses, options  # noqa: F401 - a fixture
+from tests.training.tiny_llm import pairs, write_jsonl
 
 # settings with which a tiny model learns something in 30 steps
 METHODS = {
@@ -37,15 +38,30 @@ def test_every_method_is_here():
     assert set(METHODS) == set(peft.METHODS) - {"lora"}
 
 
-@pytest.mark.parametrize("name", METHODS)
-def test_learns_and_is_loaded_again(options, tmp_path, tiny_model, name):  # noqa: F811
-    result = finetune(options(method=name, method_options=METHODS[name], max_steps=30, samples=1))
+@pytest.fixture(scope="module")
+def unseen(tmp_path_factory):
+    """(training rows, held-out rows) as files; no held-out row is in the training rows."""
+    folder = tmp_path_factory.mktemp("unseen")
+    rows = {row["prompt"] + row["completion"]: row for row in pairs(400)}
+    held = {text: row for text, row in rows.items() if (len(row["prompt"]) + len(row["completion"])) % 4 == 0}
+    assert 5 < len(held) < 30
+    train = [row for text, row in rows.items() if text not in held]
+    return write_jsonl(folder / "train.jsonl", train), write_jsonl(folder / "held.jsonl", list(held.values()))
+
+
+@pytest.mark.parametrize("name", [*METHODS, "lora"])
+def test_beats_the_frozen_model_on_unseen_rows_and_is_loaded_again(options, unseen, tmp_path, tiny_model, name):  # noqa: F811
+    data, held = map(str, unseen)
+    chosen = options(
+        data=data, eval_data=held, method=name, method_options=METHODS.get(name, []), max_steps=30, samples=1
+    )
+    result = finetune(chosen)
     held_out = result.summary["eval_loss"]
-    assert held_out["after"] < held_out["before"]
+    assert held_out["after"] < held_out["before"] - 0.05
     assert result.summary["adapter"]["method"] == name
     assert result.summary["adapter"]["trainable_parameters"] > 0
     card = (tmp_path / "out" / "README.md").read_text()
-    assert f"| adapter | {name}" in card
+    assert f"| adapter | {'LoRA' if name == 'lora' else name}" in card
     other = load_quantized(tiny_model, device="cpu", dtype=torch.float32)
     peft.load(other, result.adapter)
     ids = torch.arange(4, 12).unsqueeze(0)
@@ -53,10 +69,11 @@ def test_learns_and_is_loaded_again(options, tmp_path, tiny_model, name):  # noq
         torch.testing.assert_close(other(ids).logits, result.model(ids).logits, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["dora", "fishmask", "prefix_tuning", "diff_pruning"])
+@pytest.mark.parametrize("name", ["adalora", "dora", "fishmask", "prefix_tuning", "diff_pruning"])
 def test_interrupted_and_resumed_equals_uninterrupted(options, tmp_path, monkeypatch, name):  # noqa: F811
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    settings = {"method": name, "method_options": METHODS[name], "max_steps": 6, "samples": 0}
+    chosen = ["init_r=6", "target_r=2", "total_steps=6", "t_final=1"] if name == "adalora" else METHODS[name]
+    settings = {"method": name, "method_options": chosen, "max_steps": 6, "samples": 0}
     finetune(options(output=str(whole), **settings))
     with monkeypatch.context() as patch:
         InterruptAt(patch, step=3)
