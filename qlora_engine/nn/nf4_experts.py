@@ -40,6 +40,7 @@ class NF4Experts(nn.Module):
     - `P_absmax` `[experts, blocks]`, uint8 where double-quantized, else float32,
     - `P_nested_absmax` float32 `[experts, ceil(blocks / 256)]` and `P_nested_offset` float32 `[experts]`, or None.
 
+    A call has one product of each projection for every expert that is chosen, which the host must know to begin them.
     Weights that transformers keeps as `[experts, in, out]` are quantized as `[out, in]`, as those of a linear layer.
 
     Args:
