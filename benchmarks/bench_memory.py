@@ -45,7 +45,6 @@ class Case:
     shape: dict
     layers: int
     options: dict
-    padded: bool = False
 
 
 CASES = [
@@ -55,14 +54,13 @@ CASES = [
         "8B, 4 layers, 2x1024, kept",
         LLAMA_8B,
         4,
-        {"batch_size": 2, "max_length": 1024, "gradient_checkpointing": "off"},
+        {"batch_size": 2, "max_length": 1024, "gradient_checkpointing": "none"},
     ),
     Case(
-        "8B, 4 layers, 4x2048, recomputed, padded",
+        "8B, 4 layers, 4x2048, recomputed, inputs in host memory",
         LLAMA_8B,
         4,
-        {"batch_size": 4, "max_length": 2048},
-        padded=True,
+        {"batch_size": 4, "max_length": 2048, "offload_activations": True},
     ),
     Case(
         "8B, 4 layers, 1x2048, r=64, 8-bit state, 2 passes",
@@ -84,7 +82,7 @@ CASES = [
             "batch_size": 4,
             "max_length": 1024,
             "target_modules": ["q_proj", "v_proj"],
-            "gradient_checkpointing": "off",
+            "gradient_checkpointing": "none",
         },
     ),
     Case(
@@ -141,7 +139,7 @@ def measure(case: Case, device: str) -> dict:
     from qlora_engine.training.options import FinetuneOptions
     from qlora_engine.training.recipe import build_trainer
 
-    settings = {"optimizer": "paged_adamw", "gradient_checkpointing": "on", **case.options}
+    settings = {"optimizer": "paged_adamw", "gradient_checkpointing": "selective", **case.options}
     with tempfile.TemporaryDirectory() as folder:
         if device == "cuda":  # what an earlier case left is not this one's
             gc.collect()
@@ -151,11 +149,11 @@ def measure(case: Case, device: str) -> dict:
         options = FinetuneOptions(model=case.name, data="none", output=folder, max_steps=2, **settings).check()
         config = qe.QLoRAConfig(r=options.r, target_modules=options.target_modules)
         model = empty_model(case)
-        found = estimator.estimate(architecture_of(model, config), options, padded=case.padded)
+        found = estimator.estimate(architecture_of(model, config), options)
         model = qe.prepare(fill(model, device), config)
         rows = 2 * options.batch_size * options.grad_accum
-        words = [options.max_length - 1 - (64 if case.padded and i % 2 else 0) for i in range(rows)]
-        texts = [{"text": " ".join(f"w{(i + j) % 64}" for j in range(n))} for i, n in enumerate(words)]
+        words = options.max_length - 1  # and an end token
+        texts = [{"text": " ".join(f"w{(i + j) % 64}" for j in range(words))} for i in range(rows)]
         on = torch.device(device)
         dtype = torch.bfloat16
         trainer = build_trainer(options, model, tokenizer_of(64), Rows("text", texts, case.name), None, on, dtype)

@@ -237,7 +237,9 @@ def main():
     runs = [] if args.fresh else kept_runs(path, setting)
 
     began, failed = time.perf_counter(), {}
-    todo = [(c, seed) for c in chosen for seed in range(args.seeds if c.learning_rate else 1)]
+    # all methods with a seed before the next: a call that is stopped leaves a comparison; 16-bit bases come last
+    order = sorted(chosen, key=lambda c: c.base != "nf4")
+    todo = [(c, seed) for seed in range(args.seeds) for c in order if c.learning_rate or seed == 0]
     done = {(run["method"], run["seed"]) for run in runs}
     args.out.mkdir(parents=True, exist_ok=True)
     for number, (contender, seed) in enumerate(todo, 1):

@@ -57,15 +57,17 @@ def test_message_is_one_of_the_code(heading, messages):
 def test_every_public_name_has_its_place_in_the_api():
     pages = "".join(page.read_text() for page in (DOCS / "api").glob("*.md"))
     names = {target.rpartition(".")[2] for target in re.findall(r"^::: ([\w.]+)$", pages, re.MULTILINE)}
-    public = {*qlora_engine.__all__, *peft.__all__} - {"METHODS", "distributed", "integrations", "optim", "peft"}
+    public = {*qlora_engine.__all__, *peft.__all__} - {"METHODS", *qlora_engine._MODULES}
     assert public - names == set()
+    for module in qlora_engine._MODULES:
+        assert f"::: qlora_engine.{module}" in pages
 
 
 def test_flags_that_the_pages_name_are_flags():
     known = {flag(name) for name in FinetuneOptions.__dataclass_fields__}
     known |= {"--" + f"no-{name[2:]}" for name in known}
-    others = {"--gpu", "--seq", "--padded", "--json", "--config", "--adapter", "--prompt", "--output", "--debug"}
-    others |= {"--no-build-isolation"}
+    others = {"--gpu", "--seq", "--json", "--config", "--adapter", "--prompt", "--output", "--debug"}
+    others |= {"--no-build-isolation", "--check"}
     for page in (*DOCS.glob("index.md"), DOCS / "memory.md", DOCS / "migrate.md", DOCS / "troubleshooting.md"):
         for found in set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", page.read_text())):
             assert found in known | others, f"{page.name}: {found}"

@@ -1,5 +1,6 @@
 // Which way a product with a 4-bit weight goes, and in what configuration.
 #pragma once
+#include <algorithm>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
@@ -37,11 +38,29 @@ inline FusedConfig choose_config(int64_t M, int64_t N, int64_t K, int multiproce
   return {tokens, 1, M <= 64 && (K >= 8192 || tiles(tokens) <= 16) ? 8 : 2};
 }
 
-// What QLORA_ENGINE_LINEAR asks for: auto (or unset), fused, fused:TOKENS,PAIR,SPLITS, or dequantize.
+inline bool valid_config(const Sm80Config& c) {
+  return (c.tokens == 16 || c.tokens == 32 || c.tokens == 64 || c.tokens == 128) && c.splits >= 1 && c.splits <= 16;
+}
+
+// Of the kernel for compute capability 8.0: the least tile that holds M, of 64 rows where tiles of 128 (by 256 rows of W)
+// leave multiprocessors without one; and K divided as long as parts find multiprocessors and have 8 steps each.
+inline Sm80Config choose_sm80_config(int64_t M, int64_t N, int64_t K, int multiprocessors) {
+  const auto tiles = [&](int64_t tokens, int64_t rows) { return (M + tokens - 1) / tokens * ((N + rows - 1) / rows); };
+  int tokens = M <= 16 ? 16 : M <= 32 ? 32 : M <= 64 ? 64 : 128;
+  if (tokens == 128 && tiles(128, 256) < multiprocessors) tokens = 64;
+  const int64_t count = tiles(tokens, tokens == 128 ? 256 : 128);
+  const int64_t splits = std::min<int64_t>(2 * int64_t(multiprocessors) / count, K / 64 / 8);
+  return {tokens, int(std::clamp<int64_t>(tokens == 128 ? 1 : splits, 1, 16))};
+}
+
+// What QLORA_ENGINE_LINEAR asks for: auto (or unset), fused, fused:TOKENS,PAIR,SPLITS, fused:sm80,
+// fused:sm80:TOKENS,SPLITS, or dequantize.
 struct LinearChoice {
-  enum Path { kAuto, kFused, kDequantize, kUnknown } path = kAuto;
+  enum Path { kAuto, kFused, kDequantize, kSm80, kUnknown } path = kAuto;
   bool has_config = false;
   FusedConfig config{};
+  Sm80Config sm80{};
+  bool fused() const { return path == kFused || path == kSm80; }
 };
 
 inline LinearChoice linear_choice() {
@@ -58,6 +77,12 @@ inline LinearChoice linear_choice() {
     choice.path = LinearChoice::kFused;
     choice.has_config = true;
   }
+  if (std::strcmp(text, "fused:sm80") == 0) choice.path = LinearChoice::kSm80;
+  if (std::sscanf(text, "fused:sm80:%d,%d%n", &choice.sm80.tokens, &choice.sm80.splits, &read) == 2 &&
+      text[read] == 0 && valid_config(choice.sm80)) {
+    choice.path = LinearChoice::kSm80;
+    choice.has_config = true;
+  }
   return choice;
 }
 
@@ -71,21 +96,31 @@ inline LinearChoice linear_choice() {
 inline int64_t most_fused_rows(int64_t K, bool adapter) { return adapter && K <= 8192 ? 4096 : 2048; }
 
 struct LinearRoute {
-  enum Path { kFewRows, kFused, kDequantize, kDoesNotFit } path;
+  enum Path { kFewRows, kFused, kDequantize, kSm80, kDoesNotFit } path;
   FusedConfig config;  // of kFused
+  Sm80Config sm80;     // of kSm80
 };
 
 // The way of a product whose x is aligned to 16 bytes, with or without an adapter; kDoesNotFit where the fused kernel was
 // asked for in vain.
 inline LinearRoute linear_route(const Nf4Weight& weight, Dtype dtype, int64_t M, int64_t N, int64_t K,
                                 bool adapter, const LinearChoice& choice, int multiprocessors) {
-  if (choice.path == LinearChoice::kDequantize) return {LinearRoute::kDequantize, {}};
-  const bool forced = choice.path == LinearChoice::kFused;
+  if (choice.path == LinearChoice::kDequantize) return {LinearRoute::kDequantize, {}, {}};
+  const bool forced = choice.fused();
   const int64_t few = fused_available() ? kFewRowsSm90 : kFewRows;
-  if (!forced && M <= few && few_rows_fit(weight, dtype, nullptr, N, K)) return {LinearRoute::kFewRows, {}};
-  if (!fused_fits(weight, dtype, M, N, K)) return {forced ? LinearRoute::kDoesNotFit : LinearRoute::kDequantize, {}};
-  if (!forced && M > most_fused_rows(K, adapter)) return {LinearRoute::kDequantize, {}};
-  return {LinearRoute::kFused, choice.has_config ? choice.config : choose_config(M, N, K, multiprocessors)};
+  if (!forced && M <= few && few_rows_fit(weight, dtype, nullptr, N, K)) return {LinearRoute::kFewRows, {}, {}};
+  if (choice.path == LinearChoice::kSm80 || !fused_available()) {
+    // by name alone: it has run in an emulation, and has not been measured on a GPU of 8.0
+    if (!forced) return {LinearRoute::kDequantize, {}, {}};
+    const bool fits = !choice.has_config || choice.path == LinearChoice::kSm80;
+    if (!fits || !linear_sm80_fits(weight, dtype, M, N, K)) return {LinearRoute::kDoesNotFit, {}, {}};
+    return {LinearRoute::kSm80, {}, choice.has_config ? choice.sm80 : choose_sm80_config(M, N, K, multiprocessors)};
+  }
+  if (!fused_fits(weight, dtype, M, N, K)) {
+    return {forced ? LinearRoute::kDoesNotFit : LinearRoute::kDequantize, {}, {}};
+  }
+  if (!forced && M > most_fused_rows(K, adapter)) return {LinearRoute::kDequantize, {}, {}};
+  return {LinearRoute::kFused, choice.has_config ? choice.config : choose_config(M, N, K, multiprocessors), {}};
 }
 
 }  // namespace qlora_engine::cuda

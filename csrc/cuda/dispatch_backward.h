@@ -49,14 +49,14 @@ inline BackwardPlan backward_plan(int64_t M, int64_t N, int64_t K, int processor
 //         4096   222 | 189  225 | 213        743 | 641   761 | 666      825 | 669   819 | 725
 //
 // The kernel for many takes about the same time for all M up to 256: of a large weight, it takes over from 33 rows on.
-inline BackwardChoice choose_backward(LinearChoice::Path asked, int64_t M, int64_t N, int64_t K, bool few, bool many,
+inline BackwardChoice choose_backward(const LinearChoice& asked, int64_t M, int64_t N, int64_t K, bool few, bool many,
                                       int processors) {
   const BackwardChoice dequantize{BackwardPath::kDequantize, {1, 1, 8}};
-  if (asked == LinearChoice::kDequantize) return dequantize;
+  if (asked.path == LinearChoice::kDequantize) return dequantize;
   const bool large = N * K >= int64_t(1) << 25;
   // measured on GPUs that have the kernel for many; without clusters, too few thread blocks share W
-  if (few && (many ? M <= 32 || !large : asked == LinearChoice::kFused)) return {BackwardPath::kFewRows, {1, 1, 8}};
-  if (!many || (asked == LinearChoice::kAuto && M > 1024)) return dequantize;
+  if (few && (many ? M <= 32 || !large : asked.fused())) return {BackwardPath::kFewRows, {1, 1, 8}};
+  if (!many || (asked.path == LinearChoice::kAuto && M > 1024)) return dequantize;
   return {BackwardPath::kManyRows, backward_plan(M, N, K, processors)};
 }
 

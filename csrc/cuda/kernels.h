@@ -87,6 +87,27 @@ cudaError_t linear_nf4_sm90(const void* x, const Nf4Weight& weight, const void* 
                             Dtype dtype, void* y, int64_t M, int64_t N, int64_t K, const FusedConfig& config,
                             cudaStream_t stream);
 
+// What a product whose sum is in parts needs beside its output: float32 numbers, and counters. Both may hold anything.
+struct ProductScratch {
+  int64_t partials;
+  int64_t counters;
+};
+
+// How the kernel of linear_sm80.cu cuts a product: rows of x a thread block, 16, 32, 64 or 128, and parts of K.
+struct Sm80Config {
+  int tokens, splits;
+};
+ProductScratch linear_sm80_scratch(const Sm80Config& config, int64_t M, int64_t N);
+
+// Whether the kernel of linear_sm80.cu takes this product: a GPU of compute capability 8.0 or later, 16-bit x, whole
+// blocks of at least 64 in every row of W, `packed` aligned to 16 bytes. x must be aligned likewise.
+bool linear_sm80_fits(const Nf4Weight& weight, Dtype dtype, int64_t M, int64_t N, int64_t K);
+
+// As linear_nf4_few_rows, for any M.
+cudaError_t linear_nf4_sm80(const void* x, const Nf4Weight& weight, const void* bias, Dtype dtype, void* y, int64_t M,
+                            int64_t N, int64_t K, const Sm80Config& config, float* partials, int32_t* counters,
+                            cudaStream_t stream);
+
 // Whether linear_nf4_backward_few_rows can take this product: up to kFewBackwardRows rows of 16-bit grad, N a multiple
 // of 4, K of 64, blocks of at least 64, 16-byte alignment of packed (4 of dx and scales; grad must have 8).
 constexpr int64_t kFewBackwardRows = 64;
@@ -103,12 +124,7 @@ struct BackwardPlan {
   int group;    // tiles of 256 (cluster of 2: 512) tokens that are done together
 };
 
-// What a split product needs beside dX: float32 numbers, and counters. Both may hold anything.
-struct BackwardScratch {
-  int64_t partials;
-  int64_t counters;
-};
-BackwardScratch linear_backward_sm90_scratch(const BackwardPlan& plan, int64_t M, int64_t K);
+ProductScratch linear_backward_sm90_scratch(const BackwardPlan& plan, int64_t M, int64_t K);
 
 // Whether linear_nf4_backward_sm90 can take this product on the current device: sm_90, 16-bit types, N a multiple of 8,
 // K of 64, blocks of at least 64, 16-byte alignment (4-byte for scales); grad must have 16.

@@ -114,71 +114,6 @@ __device__ __forceinline__ void decode(const Nf4Weight& weight, const Work& work
   }
 }
 
-// Adds the parts of a tile, in order, into `sums` of the block that comes last; true there.
-__device__ __forceinline__ bool add_parts(float (&sums)[kTokens / 2], const Work& work, int tile, int part, int group,
-                                          float* partials, int32_t* counters, uint32_t flag) {
-  const int thread = threadIdx.x % 128;
-  const int64_t slot = int64_t(tile) * 2 + group;
-  constexpr int kVectors = kTokens / 8;
-  float4* parts = reinterpret_cast<float4*>(partials) + slot * work.splits * kVectors * 128 + thread;
-#pragma unroll
-  for (int i = 0; i < kVectors; ++i) {
-    __stcg(parts + (part * kVectors + i) * 128,
-           make_float4(sums[4 * i], sums[4 * i + 1], sums[4 * i + 2], sums[4 * i + 3]));
-  }
-  __threadfence();
-  named_barrier(1 + group, 128);
-  if (thread == 0) store_shared_float(flag, float(atomicAdd(counters + slot, 1)));
-  named_barrier(1 + group, 128);
-  const bool last = load_shared_float(flag) == float(work.splits - 1);
-  named_barrier(1 + group, 128);  // before the flag is written again
-  if (!last) return false;
-  __threadfence();
-#pragma unroll
-  for (int i = 0; i < kTokens / 2; ++i) sums[i] = 0.f;
-  for (int s = 0; s < work.splits; ++s) {
-#pragma unroll
-    for (int i = 0; i < kVectors; ++i) {
-      const float4 v = __ldcg(parts + (s * kVectors + i) * 128);
-      sums[4 * i] += v.x, sums[4 * i + 1] += v.y, sums[4 * i + 2] += v.z, sums[4 * i + 3] += v.w;
-    }
-  }
-  return true;
-}
-
-// 64 columns of a tile, kOutTokens tokens at a time, through two buffers of this warpgroup.
-template <typename T>
-__device__ __forceinline__ void store_tile(const float (&sums)[kTokens / 2], const Work& work, const CUtensorMap* map,
-                                           int column, int token, int group, uint32_t buffers) {
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4;
-  // lane 8 i + j writes row j (a token) of matrix i: eight columns of eight tokens; i counts columns, then tokens
-  const int row = lane % 8, chunk = 2 * warp + lane / 8 % 2;
-  const uint32_t at = buffers + (lane / 16 * 8 + row) * 128 + ((chunk ^ row) * 16);
-#pragma unroll
-  for (int q = 0; q < kTokens / kOutTokens; ++q) {
-    if (token + q * kOutTokens >= work.M) break;
-    if (threadIdx.x % 128 == 0) q == 0 ? stores_wait_read<0>() : stores_wait_read<1>();
-    named_barrier(1 + group, 128);
-#pragma unroll
-    for (int j = 0; j < kOutTokens / 8; j += 2) {
-      const float* s = sums + (q * kOutTokens / 8 + j) * 4;
-      store_matrices_transposed(at + q % 2 * kOutBytes + j * 1024, pack_pair<T>(s[0], s[1]), pack_pair<T>(s[2], s[3]),
-                                pack_pair<T>(s[4], s[5]), pack_pair<T>(s[6], s[7]));
-    }
-    proxy_fence();
-    named_barrier(1 + group, 128);
-    if (threadIdx.x % 128 == 0) {
-      const uint32_t from = buffers + q % 2 * kOutBytes;
-      if (work.adds) {
-        tile_add(map, column, token + q * kOutTokens, from);
-      } else {
-        tile_store(map, column, token + q * kOutTokens, from);
-      }
-      stores_commit();
-    }
-  }
-}
-
 template <typename T, int kCluster>
 __device__ __forceinline__ void multiply(const Maps& maps, const Work& work, uint32_t base, Barriers barriers,
                                          int rank, float* partials, int32_t* counters) {
@@ -382,7 +317,7 @@ bool linear_backward_sm90_fits(const Nf4Weight& weight, Dtype dtype, const void*
   return backward::code_is_there(&there) == cudaSuccess && there;
 }
 
-BackwardScratch linear_backward_sm90_scratch(const BackwardPlan& plan, int64_t M, int64_t K) {
+ProductScratch linear_backward_sm90_scratch(const BackwardPlan& plan, int64_t M, int64_t K) {
   if (plan.splits == 1) return {0, 0};
   const int64_t tiles = ceil_div(M, backward::kTokens * plan.cluster) * plan.cluster * ceil_div(K, backward::kColumns);
   return {tiles * plan.splits * backward::kTokens * backward::kColumns, tiles * 2};

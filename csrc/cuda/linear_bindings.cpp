@@ -27,7 +27,8 @@ std::pair<std::vector<int64_t>, int64_t> replace_last(const Tensor& x, int64_t l
 LinearChoice checked_choice(const char* op) {
   const LinearChoice choice = linear_choice();
   STD_TORCH_CHECK(choice.path != LinearChoice::kUnknown, op, ": QLORA_ENGINE_LINEAR=", std::getenv("QLORA_ENGINE_LINEAR"),
-                  "; expected auto, fused, fused:TOKENS,PAIR,SPLITS (such as fused:64,1,4) or dequantize");
+                  "; expected auto, fused, fused:TOKENS,PAIR,SPLITS (such as fused:64,1,4), fused:sm80, "
+                  "fused:sm80:TOKENS,SPLITS or dequantize");
   return choice;
 }
 
@@ -38,10 +39,10 @@ LinearRoute route_of(const char* op, const Nf4Weight& weight, Dtype dtype, int64
   check_launch(op, multiprocessors(&count));
   const LinearRoute route = linear_route(weight, dtype, M, N, K, adapter, choice, count);
   STD_TORCH_CHECK(route.path != LinearRoute::kDoesNotFit, op, ": QLORA_ENGINE_LINEAR=fused, but ",
-                  fused_available()
+                  fused_available() || !choice.has_config
                       ? "the fused kernel takes float16 or bfloat16, a blocksize of 64 or more that divides "
                         "in_features, and a weight aligned to 16 bytes; use QLORA_ENGINE_LINEAR=auto"
-                      : "the fused kernel needs a GPU of compute capability 9.0 and a library compiled for it (9.0a "
+                      : "this configuration needs a GPU of compute capability 9.0 and a library compiled for it (9.0a "
                         "in TORCH_CUDA_ARCH_LIST); use QLORA_ENGINE_LINEAR=auto");
   return route;
 }
@@ -106,6 +107,13 @@ Tensor multiply(const char* op, const Tensor& x, const Nf4Pointers& weight, int6
     check_launch(op, linear_nf4_sm90(rows.const_data_ptr(), w4, bias_data, with.adapter, dtype, y.mutable_data_ptr(), M,
                                      N, K, route.config, stream));
     added |= with.adapter.rank > 0;
+  } else if (route.path == LinearRoute::kSm80) {
+    const ProductScratch scratch = linear_sm80_scratch(route.sm80, M, N);
+    const Tensor partials = empty(x, {scratch.partials}, ScalarType::Float);
+    const Tensor counters = empty(x, {scratch.counters}, ScalarType::Int);
+    check_launch(op, linear_nf4_sm80(rows.const_data_ptr(), w4, bias_data, dtype, y.mutable_data_ptr(), M, N, K,
+                                     route.sm80, static_cast<float*>(partials.mutable_data_ptr()),
+                                     static_cast<int32_t*>(counters.mutable_data_ptr()), stream));
   } else {
     const auto launch = fused_available() ? linear_nf4_few_rows_sm90 : linear_nf4_few_rows;
     check_launch(op, launch(rows.const_data_ptr(), w4, bias_data, dtype, y.mutable_data_ptr(), M, N, K, stream));
@@ -151,11 +159,11 @@ void multiply_backward(const char* op, const Tensor& grad, const Nf4Pointers& we
   check_launch(op, multiprocessors(&processors));
   const bool few = N > 0 && linear_backward_few_rows_fit(w4, dtype, to, M, N, K);
   const bool many = N > 0 && linear_backward_sm90_fits(w4, dtype, to, M, N, K);
-  const BackwardChoice choice = choose_backward(asked.path, M, N, K, few, many, processors);
+  const BackwardChoice choice = choose_backward(asked, M, N, K, few, many, processors);
   const cudaStream_t stream = current_stream(grad.get_device_index());
 
   if (choice.path == BackwardPath::kDequantize) {
-    STD_TORCH_CHECK(asked.path != LinearChoice::kFused || N == 0, op, ": QLORA_ENGINE_LINEAR=fused, but no kernel takes ",
+    STD_TORCH_CHECK(!asked.fused() || N == 0, op, ": QLORA_ENGINE_LINEAR=fused, but no kernel takes ",
                     "this gradient: expected float16 or bfloat16, a blocksize of 64 or more that divides in_features, ",
                     "16-byte alignment, and beyond 64 rows a GPU of compute capability 9.0; use QLORA_ENGINE_LINEAR=auto");
     if (lora.rank > 0) matrix_product(flat, *lora.S, *lora.B, add ? OptionalTensor(flat) : std::nullopt);
@@ -172,7 +180,7 @@ void multiply_backward(const char* op, const Tensor& grad, const Nf4Pointers& we
     check_launch(op, linear_nf4_backward_few_rows(from, w4, dtype, fresh.mutable_data_ptr(), M, N, K, stream));
     if (add) add_to(flat, fresh);
   } else {
-    const BackwardScratch scratch = linear_backward_sm90_scratch(choice.plan, M, K);
+    const ProductScratch scratch = linear_backward_sm90_scratch(choice.plan, M, K);
     const Tensor partials = empty(grad, {scratch.partials}, ScalarType::Float);
     const Tensor counters = empty(grad, {scratch.counters}, ScalarType::Int);
     const KernelAdapter with(lora);
@@ -248,8 +256,8 @@ STABLE_TORCH_LIBRARY_IMPL(qlora_engine, CUDA, m) {
 
 }  // namespace qlora_engine::cuda
 
-// The way linear_nf4 takes on the current device: route[0] = 0 few rows, 1 fused, 2 dequantize; route[1..3] the fused
-// configuration; adapter: of linear_nf4_lora. Returns what is wrong, or nullptr; the words hold until the thread's next call.
+// The way linear_nf4 takes on the current device: route[0] = 0 few rows, 1 fused, 2 dequantize, 3 fused for compute
+// capability 8.0; route[1..3] the fused configuration; adapter: of linear_nf4_lora. Returns what is wrong, or nullptr; the words hold until the thread's next call.
 extern "C" __attribute__((visibility("default"))) const char* qlora_engine_linear_route(
     int64_t M, int64_t N, int64_t K, int64_t blocksize, int dtype, int adapter, int32_t route[4]) noexcept {
   using namespace qlora_engine::cuda;
@@ -261,6 +269,7 @@ extern "C" __attribute__((visibility("default"))) const char* qlora_engine_linea
     const LinearRoute found = route_of("linear_path", weight, Dtype(dtype), M, N, K, adapter != 0);
     route[0] = int32_t(found.path);
     route[1] = found.config.tokens, route[2] = found.config.pair, route[3] = found.config.splits;
+    if (found.path == LinearRoute::kSm80) route[1] = found.sm80.tokens, route[2] = 1, route[3] = found.sm80.splits;
     return nullptr;
   } catch (const std::exception& error) {
     words = error.what();

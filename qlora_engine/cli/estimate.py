@@ -16,8 +16,8 @@ EXAMPLE = """\
   qlora estimate --config run/options.yaml --gpu 16GiB"""
 # options of a run that decide its memory
 OPTIONS = ("r", "target_modules", "exclude_modules", "blocksize", "double_quant", "dtype", "max_length", "packing")
-OPTIONS += ("batch_size", "grad_accum", "optimizer", "optimizer_gpu_gib", "gradient_checkpointing")
-OPTIONS += ("activation_gib", "offload_activations")
+OPTIONS += ("batch_size", "grad_accum", "optimizer", "optimizer_gpu_gib", "gradient_checkpointing", "activation_gib")
+OPTIONS += ("offload_activations", "liger", "cuda_graphs")
 SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(?:g|gb|gib)?", re.IGNORECASE)
 
 
@@ -29,11 +29,6 @@ def add_parser(commands):
     parser.add_argument("model", nargs="?", help="model folder, config.json or hub id")
     parser.add_argument("--config", metavar="FILE", help="YAML file with the options of a run")
     parser.add_argument("--gpu", metavar="SIZE", help="memory of the GPU, as 24GiB; default: that of the GPU here")
-    parser.add_argument(
-        "--padded",
-        action="store_true",
-        help="sequences have padding: attention takes a mask and needs more than for full or packed sequences",
-    )
     parser.add_argument("--json", action="store_true", help="print JSON")
     add_flags(parser, OPTIONS)
     parser.add_argument("--seq", type=int, dest="max_length", metavar="N", default=argparse.SUPPRESS)
@@ -48,7 +43,7 @@ def run(args) -> None:
     from qlora_engine.training import estimator
 
     model = estimator.architecture_for(options)
-    report = collect(model, options, gpu_bytes(args.gpu), args.padded)
+    report = collect(model, options, gpu_bytes(args.gpu))
     print(json.dumps(report, indent=1) if args.json else as_text(report))
 
 
@@ -81,11 +76,11 @@ def gpu_bytes(text: str | None) -> int | None:
     return int(float(match[1]) * 2**30)
 
 
-def collect(model, options: FinetuneOptions, gpu: int | None, padded: bool) -> dict:
+def collect(model, options: FinetuneOptions, gpu: int | None) -> dict:
     """The report: dicts of JSON types."""
     from qlora_engine.training import estimator
 
-    found = estimator.estimate(model, options, padded=padded)
+    found = estimator.estimate(model, options)
     report = {
         "model": {"name": options.model, "class": model.name, "parameters": model.parameters},
         "layers": len(model.layers),
@@ -98,12 +93,14 @@ def collect(model, options: FinetuneOptions, gpu: int | None, padded: bool) -> d
         "notes": list(found.notes),
     }
     if gpu is not None:
+        fewest = estimator.fewest_recomputed(model, options, gpu)
         report |= {
             "gpu": gpu,
             "fits": found.total <= gpu,
-            "largest_batch": estimator.largest_batch(model, options, gpu, padded),
-            "fewest_recomputed": estimator.fewest_recomputed(model, options, gpu, padded),
-            "changes": [{"flags": c.flags, "total": c.total} for c in estimator.changes(model, options, gpu, padded)],
+            "largest_batch": estimator.largest_batch(model, options, gpu),
+            "fewest_recomputed": fewest,
+            "activation_gib": None if fewest is None else estimator.activation_budget(model, options, fewest),
+            "changes": [{"flags": c.flags, "total": c.total} for c in estimator.changes(model, options, gpu)],
         }
     return report
 
@@ -144,8 +141,11 @@ def _turned(report: dict) -> list[str]:
         again, layers = report["fewest_recomputed"], report["layers"]
         if again == 0:
             lines.append("  faster, and fits as well: --gradient-checkpointing none")
-        else:
-            lines.append(f"  at least {again} of {layers} layers have to be recomputed")
+        elif again is not None and again < layers - 1:
+            budget = report["activation_gib"]
+            lines.append(
+                f"  faster, and fits as well: --activation-gib {budget} ({again} of {layers} layers recomputed)"
+            )
     elif report["changes"] and report["changes"][-1]["total"] > report["gpu"]:
         lines.append("  none of these is enough: choose a smaller model or a larger GPU")
     return lines

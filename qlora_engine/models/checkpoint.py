@@ -15,6 +15,7 @@ from qlora_engine.models.adapter import CONFIG_FILE, load_adapter
 from qlora_engine.models.config import QLoRAConfig
 from qlora_engine.models.files import atomic_directory
 from qlora_engine.models.prepare import prepare, quantize_model, untie
+from qlora_engine.models.sharding import check_whole
 from qlora_engine.models.shards import Shards, find_shards, resolve_folder
 from qlora_engine.models.skeleton import empty_modules, quantizable
 from qlora_engine.models.streaming import checksums_of, stream
@@ -44,7 +45,8 @@ def save_quantized(
         The folder; `load_quantized` reads it.
 
     Raises:
-        ValueError: where the model has no 4-bit layers, the format is unknown, or it cannot hold the model.
+        ValueError: where the model has no 4-bit layers, is sharded over processes, the format is unknown, or it
+            cannot hold the model.
         TypeError: where it has no transformers configuration.
         FileExistsError: where the folder holds an adapter.
     """
@@ -52,6 +54,7 @@ def save_quantized(
     from safetensors.torch import save_file
 
     model = getattr(model, "_orig_mod", model)  # torch.compile's wrapper has other names
+    check_whole(model, "saved in 4 bits")
     layers = {path: m for path, m in model.named_modules() if isinstance(m, (NF4Linear, NF4Experts))}
     if not layers:
         raise ValueError("the model has no 4-bit layers; call qlora_engine.quantize_model on it first")

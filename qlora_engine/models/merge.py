@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from qlora_engine.models.prepare import replace_module, shared_places
+from qlora_engine.models.sharding import check_whole
 from qlora_engine.nn.nf4_experts import NF4Experts
 from qlora_engine.nn.nf4_linear import NF4Linear
 from qlora_engine.nn.qlora_linear import QLoRALinear
@@ -130,11 +131,13 @@ def merge(
         The report.
 
     Raises:
-        ValueError: where there is nothing to merge, `into` is unknown, or a merged weight is not finite.
+        ValueError: where there is nothing to merge, `into` is unknown, a merged weight is not finite, or the model is
+            sharded over processes.
         KeyError: where no layer has an adapter of a name.
     """
     if into not in (*DTYPES, "nf4"):
         raise ValueError(f"into={into!r}; expected one of {', '.join((*DTYPES, 'nf4'))}")
+    check_whole(model, "merged")
     layers = {path: m for path, m in model.named_modules() if isinstance(m, NF4Linear)}
     if not layers:
         raise ValueError("there is nothing to merge: the model has no 4-bit layers")

@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from qlora_engine.nn.nf4_experts import NF4Experts
 from qlora_engine.nn.nf4_linear import NF4Linear
 from qlora_engine.optim.sharded import is_sharded, part_of
 
@@ -69,8 +70,7 @@ def shard(
         if parameter.requires_grad:
             dist.broadcast(parameter.data, src=0)
     for layer in model.modules():
-        if isinstance(layer, NF4Linear):
-            _scales_as_parameter(layer)
+        _scales_as_parameters(layer)
     with _bytes_as_parameters():
         for unit in (*blocks, *_lone_embeddings(model), model):
             fully_shard(unit, mesh=mesh, reshard_after_forward=reshard_after_forward)
@@ -80,6 +80,15 @@ def shard(
 def is_sharded_model(model: nn.Module) -> bool:
     """Whether a model's parameters are sharded over processes."""
     return any(is_sharded(parameter) for parameter in model.parameters())
+
+
+def check_whole(model: nn.Module, work: str) -> None:
+    """Raises ValueError where a model is sharded, which `work` cannot deal with."""
+    if is_sharded_model(model):
+        raise ValueError(
+            f"a sharded model cannot be {work}; save its adapter with qlora_engine.save_adapter, and load it on a "
+            "model that is whole"
+        )
 
 
 def find_blocks(model: nn.Module) -> list[nn.Module]:
@@ -134,11 +143,15 @@ def _bytes_as_parameters() -> Iterator[None]:
         _fsdp_param.nn = nn
 
 
-def _scales_as_parameter(layer: NF4Linear) -> None:
+def _scales_as_parameters(layer: nn.Module) -> None:
     """`fully_shard` shards parameters alone. The name in the layer, and in files, stays."""
-    scales = layer._buffers.pop("absmax", None)
-    if scales is not None:
-        layer.register_parameter("absmax", nn.Parameter(scales, requires_grad=False))
+    names = ("absmax",) if isinstance(layer, NF4Linear) else ()
+    if isinstance(layer, NF4Experts):
+        names = tuple(f"{projection}_absmax" for projection in layer.projections)
+    for name in names:
+        scales = layer._buffers.pop(name, None)
+        if scales is not None:
+            layer.register_parameter(name, nn.Parameter(scales, requires_grad=False))
 
 
 def _lone_embeddings(model: nn.Module) -> list[nn.Module]:

@@ -173,7 +173,9 @@ class _GpuReader:
             data = torch.empty(stored.nbytes, dtype=torch.uint8, device=self.device)
             ready = torch.cuda.Event()
             ready.record()  # whoever had this memory before is done with it
-        pieces = [pool.submit(self._piece, stored, first, data, ready) for first in range(0, stored.nbytes, PIECE)]
+        pieces = [
+            pool.submit(self._on_device, stored, first, data, ready) for first in range(0, stored.nbytes, PIECE)
+        ]
         return _Coming(stored, data, pieces)
 
     def close(self) -> None:
@@ -184,6 +186,10 @@ class _GpuReader:
         for piece in coming.pieces:
             torch.cuda.current_stream(self.device).wait_event(piece.result())
         return coming.data.view(coming.stored.dtype).view(coming.stored.shape)
+
+    def _on_device(self, *arguments) -> torch.cuda.Event:
+        with torch.cuda.device(self.device):  # a new thread's is the first GPU
+            return self._piece(*arguments)
 
     def _piece(self, stored: Stored, first: int, data: torch.Tensor, ready: torch.cuda.Event) -> torch.cuda.Event:
         own = self.own

@@ -8,15 +8,16 @@ import torch
 from qlora_engine.ops import backend, checks
 
 LINEAR_ENVIRONMENT_VARIABLE = "QLORA_ENGINE_LINEAR"
-_PATHS = ("few rows", "fused", "dequantize")
+_PATHS = ("few rows", "fused", "dequantize", "fused sm80")
 _DTYPE_NUMBERS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
 
 class LinearPath(NamedTuple):
-    """The way of a product: "few rows", "fused" or "dequantize", and the fused kernel's configuration (else zeros).
+    """The way of a product: "few rows", "fused", "fused sm80" or "dequantize", and a fused kernel's configuration.
 
-    A thread block of the fused kernel takes 128 rows of W and `tokens` rows of x; `pair` blocks share x, or `splits`
-    blocks divide in_features among them.
+    "fused" is the kernel for compute capability 9.0: a thread block takes 128 rows of W and `tokens` rows of x;
+    `pair` blocks share x, or `splits` blocks divide in_features among them. "fused sm80" is the one for 8.0 and
+    later, only taken by name: a block takes 128 rows of W, or 256 beside 128 rows of x. Zeros for the other ways.
     """
 
     name: str
@@ -36,9 +37,9 @@ def linear_path(
 ) -> LinearPath:
     """Which way `linear_nf4` takes on a GPU for x `[M, K]` and W `[N, K]`, where all addresses are aligned.
 
-    "few rows" and "fused" read the packed weight alone; "dequantize" decodes it to `dtype` and calls cuBLAS. The
-    environment variable QLORA_ENGINE_LINEAR forces a way: auto (default), fused, fused:TOKENS,PAIR,SPLITS or
-    dequantize.
+    "dequantize" decodes the weight to `dtype` and calls cuBLAS; the others read the packed weight alone. The
+    environment variable QLORA_ENGINE_LINEAR forces a way: auto (default), fused, fused:TOKENS,PAIR,SPLITS,
+    fused:sm80, fused:sm80:TOKENS,SPLITS or dequantize.
 
     Args:
         M: rows of x, the product of all its dimensions but the last.

@@ -37,6 +37,7 @@ class Bucket:
     def __init__(self, device: torch.device, budget: int | None, backend: str):
         self.device = device
         self.members: list[Member] = []
+        self.sharded = False  # whether any parameter is
         self.arena = Arena(device, budget, backend)
         self.steps = torch.zeros(0, device=device)
         self._flat: list[torch.Tensor] = []  # every parameter's elements; made anew where a parameter's memory is
@@ -47,6 +48,7 @@ class Bucket:
         """Adds parameters with zeroed state, and their master copies."""
         first = len(self.members)
         self.members.extend(members)
+        self.sharded = self.sharded or any(is_sharded(m.param) for m in members)
         self.arena.extend([m.tensor.numel() for m in members], [m.layout for m in members])
         self.steps = torch.cat([self.steps, torch.zeros(len(members), device=self.device)])
         copies = {i: m for i, m in enumerate(self.members[first:], first) if m.layout & ops.MASTER_COPY}

@@ -15,10 +15,12 @@ def is_sharded(tensor: torch.Tensor) -> bool:
     return isinstance(tensor, DTensor)
 
 
-@torch.no_grad()
 def local_part(tensor: torch.Tensor) -> torch.Tensor:
     """What this process holds of a tensor: an alias of it."""
-    return tensor.to_local() if is_sharded(tensor) else tensor
+    if not is_sharded(tensor):  # asked of every parameter in every step
+        return tensor
+    with torch.no_grad():
+        return tensor.to_local()
 
 
 def part_of(whole: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
@@ -67,14 +69,14 @@ def local_state(state: dict[str, torch.Tensor], param: torch.Tensor) -> dict[str
 
 def global_norm(bucket, grads: list[torch.Tensor | None]) -> torch.Tensor:
     """The L2 norm of a bucket's gradients over all processes, float32 []."""
+    if not bucket.sharded:
+        return bucket.norm(grads)
     meshes: dict[tuple, list[int]] = {}
     for index, (member, grad) in enumerate(zip(bucket.members, grads, strict=True)):
         if grad is not None:
             param = member.param
             key = (param.device_mesh, tuple(param.placements)) if is_sharded(param) else ()
             meshes.setdefault(key, []).append(index)
-    if list(meshes) == [()]:
-        return bucket.norm(grads)
     squares = []
     for key, chosen in meshes.items():
         among = set(chosen)

@@ -78,7 +78,7 @@ def recompute_layers(
         if policy != "selective" or not tokens:
             raise ValueError("a budget of activation memory is for the policy 'selective', and needs the tokens")
         measured = bytes_per_token(model)
-        recomputed = _within(budget_gib, len(layers), tokens, *measured, offload)
+        recomputed = recomputed_within(budget_gib, len(layers), tokens, *measured, offload)
     else:
         recomputed = {"none": 0, "full": len(layers), "selective": len(layers) - 1}[policy]
     host = HostStack() if offload and recomputed else None
@@ -96,7 +96,7 @@ def decoder_layers(model: nn.Module) -> list[nn.Module]:
     return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
 
 
-def _within(budget_gib: float, layers: int, tokens: int, kept: int, inputs: int, offload: bool) -> int:
+def recomputed_within(budget_gib: float, layers: int, tokens: int, kept: int, inputs: int, offload: bool) -> int:
     """How many layers have to be recomputed."""
     kept, inputs = kept * tokens, 0 if offload else inputs * tokens
     # while one layer is recomputed it keeps everything, whichever it is

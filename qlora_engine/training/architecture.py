@@ -8,7 +8,8 @@ from torch import nn
 
 from qlora_engine.models.config import QLoRAConfig
 from qlora_engine.models.grouping import ATTENTIONS, GATED_MLPS, PACKED_MLPS
-from qlora_engine.models.targets import find_targets, is_linear, kept_in_float32
+from qlora_engine.models.targets import find_experts, find_targets, is_linear, kept_in_float32
+from qlora_engine.nn.nf4_experts import expert_projections
 from qlora_engine.nn.nf4_linear import is_transposed_linear
 from qlora_engine.quantization.codebook import NESTED_BLOCKSIZE, blocks_of
 from qlora_engine.training.errors import ModelError, as_usage_error
@@ -16,6 +17,19 @@ from qlora_engine.training.source import HUB_ID
 
 # names of the projection that takes what attention computed
 OUTPUT_PROJECTIONS = ("o_proj", "out_proj", "c_proj", "dense", "wo", "o", "proj")
+# and of one projection for queries, keys and values, of which attention then keeps the whole output
+PACKED_ATTENTIONS = ("qkv_proj", "query_key_value", "c_attn", "Wqkv", "qkv")
+# settings of models whose logits are scaled or capped
+LOGIT_CHANGES = (
+    "final_logit_softcapping",
+    "logit_scale",
+    "logits_scaling",
+    "output_multiplier",
+    "lm_head_multiplier",
+)
+# bytes that a score of attention written out in torch keeps: softmax in float32 and the compute dtype; with a cap,
+# its tanh as well
+SCORE_BYTES, CAPPED_SCORE_BYTES = 6, 9
 
 
 @dataclass(frozen=True)
@@ -29,7 +43,10 @@ class Layer:
             attention or the MLP keep anyway.
         queries: width of all query heads, which attention's output has too.
         keys: width of all key heads; the values' as well.
+        packed_attention: whether queries, keys and values are one projection's output.
         heads: query heads.
+        score: bytes that each of attention's scores keeps, length times heads a token; 0 with a fused attention.
+        norm_after_mlp: whether the MLP's output is normalized.
         ranks: of all adapters, one after another.
         mlp_kept: what the MLP keeps for backward besides its input.
         mlp_working: what comes and goes inside the MLP in its backward.
@@ -42,7 +59,10 @@ class Layer:
     inputs: int
     queries: int
     keys: int
+    packed_attention: bool
     heads: int
+    score: int
+    norm_after_mlp: bool
     ranks: int
     mlp_kept: int
     mlp_working: int
@@ -64,6 +84,8 @@ class Architecture:
         layers: the decoder layers.
         hidden: width of the residual stream.
         vocabulary: rows of the output head.
+        plain_head: whether logits are the product of the last hidden states with the head, and nothing else.
+        fused_attention: whether attention is torch's scaled_dot_product_attention.
         notes: what the estimate does not know of this model.
     """
 
@@ -76,6 +98,8 @@ class Architecture:
     layers: tuple[Layer, ...]
     hidden: int
     vocabulary: int
+    plain_head: bool = True
+    fused_attention: bool = True
     notes: tuple[str, ...] = ()
 
 
@@ -131,35 +155,51 @@ def architecture_of(model: nn.Module, config: QLoRAConfig) -> Architecture:
     """
     quantized, adapted, saved = find_targets(model, config)
     ranks = dict.fromkeys(adapted, config.r)
-    inside = {f"{path}.weight" for path in quantized}
+    packed = {f"{path}.weight": 1 for path in quantized}  # name of a 4-bit weight -> matrices in it
+    for path in find_experts(model, config):
+        experts = model.get_submodule(path)
+        packed |= {f"{path}.{name}": experts.num_experts for name in expert_projections(experts)}
     rest = rest_float32 = parameters = 0
     for path, parameter in model.named_parameters():
         parameters += parameter.numel()
-        if path not in inside:
+        if path not in packed:
             rest += parameter.numel()
             rest_float32 += parameter.numel() * kept_in_float32(model, path, model.dtype)
     text = model.config.get_text_config()
     blocks = _decoder_layers(model, text.num_hidden_layers)
     names = {id(block): path for path, block in model.named_modules()}
-    layers = tuple(_layer(block, names[id(block)], ranks, text) for block in blocks)
+    eager = getattr(model.config, "_attn_implementation", "sdpa") == "eager"
+    layers = tuple(_layer(block, names[id(block)], ranks, text, eager) for block in blocks)
     head = model.get_output_embeddings()
     notes = []
     if saved:
         notes.append("modules_to_save are trained whole, which is not in this estimate")
     if any(layer.mlp_kept == 0 for layer in layers):
         notes.append("some layers have no MLP of a known form; what they keep for backward is not in this estimate")
+    elif not all(_is_gated(block) for block in blocks):
+        notes.append(
+            "the MLPs are not gated ones: what their activations keep is a guess, and may be several times it"
+        )
     return Architecture(
         name=type(model).__name__,
         parameters=parameters,
-        quantized=sum(packed_bytes(model.get_submodule(p).weight.numel(), config) for p in quantized),
+        quantized=sum(
+            count * packed_bytes(model.get_parameter(name).numel() // count, config) for name, count in packed.items()
+        ),
         rest=rest,
         rest_float32=rest_float32,
         adapters=tuple(r * size for path, r in ranks.items() for size in _sizes(model.get_submodule(path))),
         layers=layers,
         hidden=text.hidden_size,
         vocabulary=head.weight.shape[0] if head is not None else 0,
+        plain_head=head is not None and head.bias is None and not any(_acts(text, name) for name in LOGIT_CHANGES),
+        fused_attention=not eager,
         notes=tuple(notes),
     )
+
+
+def _acts(text, name: str) -> bool:
+    return getattr(text, name, None) not in (None, 1, 1.0)
 
 
 def packed_bytes(numel: int, config: QLoRAConfig) -> int:
@@ -186,7 +226,7 @@ def _sizes(linear: nn.Module) -> tuple[int, int]:
     return (rows, columns) if is_transposed_linear(linear) else (columns, rows)
 
 
-def _layer(block: nn.Module, path: str, ranks: Mapping[str, int], text) -> Layer:
+def _layer(block: nn.Module, path: str, ranks: Mapping[str, int], text, eager: bool) -> Layer:
     hidden, heads = text.hidden_size, text.num_attention_heads
     keys = getattr(text, "num_key_value_heads", None) or heads
     width = getattr(text, "head_dim", None) or hidden // heads
@@ -220,7 +260,10 @@ def _layer(block: nn.Module, path: str, ranks: Mapping[str, int], text) -> Layer
         inputs=sum(inputs.values()),
         queries=heads * width,
         keys=keys * width,
+        packed_attention=any(name.rpartition(".")[2] in PACKED_ATTENTIONS for name in linears),
         heads=heads,
+        score=(CAPPED_SCORE_BYTES if getattr(text, "attn_logit_softcapping", None) else SCORE_BYTES) * eager,
+        norm_after_mlp=any(name.startswith(("post_feedforward", "post_mlp")) for name, _ in block.named_children()),
         ranks=sum(adapted.values()),
         mlp_kept=mlp_kept,
         mlp_working=mlp_working,
@@ -238,6 +281,15 @@ def _mlp(own: Mapping[str, nn.Module], gated, with_adapter: set[str]) -> tuple[i
     # the activation keeps what it reads, the product of a gated MLP both factors, an adapter its input
     kept = (3 if gated else 1) * inner + (inner if last in with_adapter else 0)
     return kept, (3 if gated else 2) * inner
+
+
+def _is_gated(block: nn.Module) -> bool:
+    """Whether a layer has an MLP of two projections and a product, by the names of its layers."""
+    for module in block.modules():
+        own = {name for name, child in module.named_children() if is_linear(child)}
+        if any(set(names) <= own for names in (*GATED_MLPS, *PACKED_MLPS)):
+            return True
+    return False
 
 
 def _norm_width(name: str, module: nn.Module, hidden: int, heads: int, keys: int, width: int) -> int:

@@ -4,18 +4,22 @@ Allocated bytes are those of `torch.cuda.max_memory_allocated`; `benchmarks/benc
 """
 
 import dataclasses
+import importlib.util
+import math
 from dataclasses import dataclass
 
 from qlora_engine.models.config import QLoRAConfig
 from qlora_engine.reference.adamw import EIGHT_BIT_STATE, page_bytes
 from qlora_engine.training import activation_memory
+from qlora_engine.training.activations import recomputed_within
 from qlora_engine.training.architecture import Architecture, read_architecture
+from qlora_engine.training.errors import UsageError, as_usage_error
 from qlora_engine.training.memory import GIB
 from qlora_engine.training.options import FinetuneOptions, flag, recomputation_policy
 
 MIN_8BIT_SIZE = 4096  # PagedAdamW's default
-CUBLAS_WORKSPACE = 32 << 20  # on a GPU of compute capability 9.0, each of a thread that calls cuBLAS
-WORKSPACES = 2  # the main thread's and autograd's
+# measured on an H100: cuBLAS's memory for each thread that calls it, and what a CUDA graph's pool holds besides
+WORKSPACE, GRAPHS = 128 << 20, 104 << 20
 # what is not torch's: the CUDA context with its kernels, and memory that the allocator holds in pieces
 CONTEXT, FRAGMENTATION = 640 << 20, 0.03
 ELEMENT_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "auto": 2}
@@ -65,37 +69,29 @@ class Estimate:
         return [*named, ("CUDA context, fragments", self.total - sum(size for _, size in named))]
 
 
-def estimate(
-    model: Architecture, options: FinetuneOptions, *, padded: bool = False, recomputed: int | None = None
-) -> Estimate:
+def estimate(model: Architecture, options: FinetuneOptions, *, recomputed: int | None = None) -> Estimate:
     """What a run takes of a GPU.
 
     Args:
         model: read with the quantization and the adapters of `options`: see `architecture_for`.
-        options: of the run; `data` and `output` are not read.
-        padded: whether sequences are padded to the longest of a batch.
-        recomputed: layers whose activations are computed again; default: see `recomputed_layers`.
+        options: of the run with `method="lora"`; `data` and `output` are not read. With `liger="auto"` it has
+            liger-kernel where that is installed here.
+        recomputed: layers whose activations are computed again; default: what `options` ask for.
+
+    Raises:
+        UsageError: where `activation_gib` is less than the layers take with all recomputed.
     """
-    element = ELEMENT_BYTES[options.dtype]
-    layers = len(model.layers)
-    if recomputed is None:
-        recomputed = recomputed_layers(model, options, padded)
-    step = activation_memory.Step(
-        batch=options.batch_size,
-        length=options.max_length,
-        element=element,
-        recomputed=min(recomputed, layers),
-        offloaded=options.offload_activations,
-        padded=padded and not options.packing,
-        accumulating=options.grad_accum > 1,
-    )
+    step = step_of(model, options)
+    if recomputed is not None:
+        step = dataclasses.replace(step, recomputed=recomputed)
+    element = step.element
     adapters = 4 * sum(model.adapters)
     state = optimizer_bytes(model.adapters, options.optimizer)
     budget = options.optimizer_gpu_gib
     on_device = state if budget is None else min(state, int(budget * GIB))
     rest = element * (model.rest - model.rest_float32) + 4 * model.rest_float32
     moving = max(activation_memory.peak(model, step), adapters + optimizer_working(model.adapters, options.optimizer))
-    workspace = WORKSPACES * CUBLAS_WORKSPACE
+    workspace = WORKSPACE + GRAPHS * options.cuda_graphs
     return Estimate(
         weights=model.quantized,
         rest=rest,
@@ -109,24 +105,45 @@ def estimate(
     )
 
 
-def recomputed_layers(model: Architecture, options: FinetuneOptions, padded: bool = False) -> int:
-    """How many layers a run on a GPU recomputes: as `training/step.py` and `training/activations.py` decide."""
+def step_of(model: Architecture, options: FinetuneOptions) -> activation_memory.Step:
+    """The forward and backward pass of a run on a GPU.
+
+    Raises:
+        UsageError: as in `estimate`.
+    """
+    # packed sequences are one row, whose attention takes a mask
+    batch, length = options.batch_size, options.max_length
+    step = activation_memory.Step(
+        batch=1 if options.packing else batch,
+        length=batch * length if options.packing else length,
+        element=ELEMENT_BYTES[options.dtype],
+        offloaded=options.offload_activations,
+        masked=options.packing and model.fused_attention,
+        own_loss=model.plain_head,
+        liger=options.liger == "on"
+        or (options.liger == "auto" and importlib.util.find_spec("liger_kernel") is not None),
+        accumulating=options.grad_accum > 1,
+    )
+    return dataclasses.replace(step, recomputed=_recomputed(model, options, step))
+
+
+def _recomputed(model: Architecture, options: FinetuneOptions, step: activation_memory.Step) -> int:
+    """How many layers the options ask to recompute."""
     layers = len(model.layers)
     policy = recomputation_policy(options, on_gpu=True)
-    if policy != "selective" or options.activation_gib is None:
+    if options.activation_gib is None:
         return {"none": 0, "full": layers, "selective": layers - 1}[policy]
-    step = activation_memory.Step(
-        options.batch_size,
-        options.max_length,
-        ELEMENT_BYTES[options.dtype],
-        offloaded=options.offload_activations,
-        padded=padded and not options.packing,
-    )
-    kept = activation_memory.kept_by_layer(model.layers[0], step)
-    inputs = activation_memory.kept_by_checkpoint(model.layers[0], step)
-    return next(
-        (n for n in range(layers) if n * inputs + (layers - n) * kept <= options.activation_gib * GIB), layers - 1
-    )
+    kept, inputs = _of_largest_layer(model, step)
+    with as_usage_error():
+        return recomputed_within(
+            options.activation_gib, layers, step.tokens, kept, inputs, options.offload_activations
+        )
+
+
+def _of_largest_layer(model: Architecture, step: activation_memory.Step) -> tuple[int, int]:
+    """(bytes a token that a layer keeps, bytes of its input)"""
+    kept = max(activation_memory.kept_by_layer(layer, step) for layer in model.layers)
+    return kept // step.tokens, step.element * model.hidden
 
 
 def optimizer_bytes(sizes: tuple[int, ...], optimizer: str) -> int:
@@ -173,49 +190,47 @@ class Change:
     total: int
 
 
-def changes(model: Architecture, options: FinetuneOptions, gpu: int, padded: bool = False) -> list[Change]:
+def changes(model: Architecture, options: FinetuneOptions, gpu: int) -> list[Change]:
     """What to turn, one after another, until a run fits; the least harmful first. Empty where it fits.
 
     Args:
-        model, options, padded: as in `estimate`.
+        model, options: as in `estimate`.
         gpu: bytes of the GPU.
     """
     found: list[Change] = []
     changed: dict[str, object] = {}
-    fits = estimate(model, options, padded=padded).total <= gpu
+    lowest = _total(model, options)
     for step in _knobs(options):
-        if fits:
+        if lowest <= gpu:
             break
-        total = estimate(model, dataclasses.replace(options, **changed | step), padded=padded).total
-        if total < (found[-1].total if found else estimate(model, options, padded=padded).total):
+        total = _total(model, dataclasses.replace(options, **changed | step))
+        if total < lowest:
+            lowest = total
             changed |= step
-            found.append(Change(_command_line(changed), total))
-            fits = total <= gpu
+            found.append(Change(_as_flags(changed), total))
     return found
 
 
-def _command_line(changed: dict[str, object]) -> str:
-    """Options as they are written; one that is None is left out of the command."""
-    words = (
-        flag(name) if value is True else f"{flag(name)} {value}"
-        for name, value in changed.items()
-        if value is not None
-    )
-    return " ".join(words)
+def _total(model: Architecture, options: FinetuneOptions) -> int | float:
+    """What the GPU must have free; infinity where a budget of the options cannot be kept."""
+    try:
+        return estimate(model, options).total
+    except UsageError:
+        return math.inf
 
 
 def _knobs(options: FinetuneOptions):
     """Single changes, in the order in which they are tried."""
-    if recomputation_policy(options, on_gpu=True) == "none" or options.activation_gib is not None:
+    if options.gradient_checkpointing in ("off", "none") or options.activation_gib is not None:
         yield {"gradient_checkpointing": "selective", "activation_gib": None}
     batch, passes = options.batch_size, options.grad_accum
     while batch > 1:
         batch, passes = -(-batch // 2), passes * 2
         yield {"batch_size": batch, "grad_accum": passes}
-    if not options.offload_activations and not options.cuda_graphs:
-        yield {"offload_activations": True}
     if options.optimizer != "paged_adamw_8bit":
         yield {"optimizer": "paged_adamw_8bit"}
+    if not options.cuda_graphs and not options.offload_activations:
+        yield {"offload_activations": True}
     if options.optimizer_gpu_gib != 0:
         yield {"optimizer": "paged_adamw_8bit", "optimizer_gpu_gib": 0}
     length = options.max_length
@@ -224,21 +239,40 @@ def _knobs(options: FinetuneOptions):
         yield {"max_length": length}
 
 
-def largest_batch(model: Architecture, options: FinetuneOptions, gpu: int, padded: bool = False) -> int:
+def _as_flags(changed: dict[str, object]) -> str:
+    words = [
+        flag(name) if value is True else f"{flag(name)} {value}"
+        for name, value in changed.items()
+        if value is not None
+    ]
+    return " ".join(words)
+
+
+def largest_batch(model: Architecture, options: FinetuneOptions, gpu: int) -> int:
     """The most sequences of `options.max_length` a forward pass that fit; 0 where not even one does."""
 
     def fits(batch: int) -> bool:
-        return estimate(model, dataclasses.replace(options, batch_size=batch), padded=padded).total <= gpu
+        return _total(model, dataclasses.replace(options, batch_size=batch)) <= gpu
 
     return _largest(fits, 4096)
 
 
-def fewest_recomputed(model: Architecture, options: FinetuneOptions, gpu: int, padded: bool = False) -> int | None:
-    """The fewest layers that must be recomputed for a run to fit; None where all are not enough."""
-    for count in range(len(model.layers) + 1):
-        if estimate(model, options, padded=padded, recomputed=count).total <= gpu:
+def fewest_recomputed(model: Architecture, options: FinetuneOptions, gpu: int) -> int | None:
+    """The fewest layers that must be recomputed for a run to fit; None where all but the last are not enough."""
+    for count in range(len(model.layers)):
+        if estimate(model, options, recomputed=count).total <= gpu:
             return count
     return None
+
+
+def activation_budget(model: Architecture, options: FinetuneOptions, recomputed: int) -> float:
+    """The `activation_gib` with which so many layers are recomputed, in GiB, to two places."""
+    step = step_of(model, dataclasses.replace(options, activation_gib=None))
+    kept, inputs = (size * step.tokens for size in _of_largest_layer(model, step))
+    waiting = 0 if step.offloaded else inputs
+    layers = len(model.layers)
+    least = kept + (layers - 1) * waiting + (layers - 1 - recomputed) * (kept - waiting)
+    return math.ceil(100 * least / GIB) / 100
 
 
 def _largest(fits, limit: int) -> int:
@@ -250,22 +284,21 @@ def _largest(fits, limit: int) -> int:
     return low
 
 
-def advice(options: FinetuneOptions, gpu: int, padded: bool = True) -> str:
+def advice(options: FinetuneOptions, gpu: int) -> str:
     """What an out-of-memory error of a run says: the estimate, and the changes with which it would fit.
 
     Args:
         options: of the run.
         gpu: bytes of the GPU.
-        padded: as in `estimate`.
 
     Raises:
         UsageError: where the model's configuration cannot be read.
     """
     model = architecture_for(options)
-    found = estimate(model, options, padded=padded)
+    found = estimate(model, options)
     parts = ", ".join(f"{name} {size / GIB:.2f}" for name, size in found.rows() if size)
     text = f"By estimate the run takes {found.total / GIB:.1f} GiB ({parts}) of {gpu / GIB:.1f}"
-    turned = changes(model, options, gpu, padded)
+    turned = changes(model, options, gpu)
     if not turned:
         return f"{text}: it fits, if nothing else is on the GPU; see nvidia-smi"
     last = turned[-1]

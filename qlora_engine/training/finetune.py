@@ -28,7 +28,7 @@ def memory_advice(options: FinetuneOptions, folder: Path, device: torch.device) 
     from qlora_engine.training import estimator
 
     gpu = torch.cuda.get_device_properties(device).total_memory
-    return estimator.advice(dataclasses.replace(options, model=str(folder)), gpu, padded=not options.packing)
+    return estimator.advice(dataclasses.replace(options, model=str(folder)), gpu)
 
 
 @dataclass(frozen=True)

@@ -45,6 +45,8 @@ def set_up(options: FinetuneOptions, trainer, device: torch.device) -> None:
             )
     why_no_loss = why_not_own_loss(options, trainer)
     trainer.own_loss = why_no_loss is None
+    # causal attention needs no mask for batches that are padded on the right, as TRL's are; packed ones need theirs
+    trainer.needs_masks = options.packing or model.config._attn_implementation != "sdpa"
     if options.cuda_graphs:
         trainer.captured = captured_training(options, trainer, device, why_no_loss)
 

@@ -16,7 +16,8 @@ from trl import SFTTrainer
 from qlora_engine.models.adapter import load_adapter, save_adapter
 from qlora_engine.models.files import atomic_write
 from qlora_engine.optim import lora_plus_groups
-from qlora_engine.training.loss import causal_lm_loss
+from qlora_engine.training.cuda_graphs import causal_attention
+from qlora_engine.training.loss import CausalLoss, causal_lm_loss
 from qlora_engine.training.memory import GIB, peak_memory
 from qlora_engine.training.methods import MethodSteps, load_checkpoint, method_of, save_checkpoint
 from qlora_engine.training.parallel import ParallelTraining, Ranks, agree
@@ -37,6 +38,7 @@ class QLoRATrainer(ParallelTraining, SFTTrainer):
 
     def __init__(self, *args, lora_plus: float = 1.0, ranks: Ranks | None = None, **kwargs):
         self._lora_plus, self.ranks = lora_plus, ranks or Ranks()
+        self.needs_masks = True  # whether attention has to see which tokens are padding
         self.own_loss = False  # whether the training loss is this engine's chunked one and not TRL's
         self.captured: CapturedTraining | None = None  # where the steps are CUDA graphs
         self._counts = TokenCounts()
@@ -59,8 +61,7 @@ class QLoRATrainer(ParallelTraining, SFTTrainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         if self.own_loss and model is self.model and model.training and not return_outputs:
-            with self.accelerator.autocast():
-                own = causal_lm_loss(model, num_items=num_items_in_batch, **inputs)
+            own = self._own_loss(inputs, num_items_in_batch)
             self._counts.add(own, inputs)
             return own.loss
         found = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
@@ -70,6 +71,14 @@ class QLoRATrainer(ParallelTraining, SFTTrainer):
         # the loss of a part of a batch whose size is known is a share of the step's; the penalty is of the step
         share = penalty if num_items_in_batch is None else penalty / self.args.gradient_accumulation_steps
         return (found[0] + share, found[1]) if return_outputs else found + share
+
+    def _own_loss(self, inputs, num_items) -> CausalLoss:
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(self.accelerator.autocast())
+            if not self.needs_masks:
+                stack.enter_context(causal_attention(self.model))
+                inputs = {name: value for name, value in inputs.items() if name != "attention_mask"}
+            return causal_lm_loss(self.model, num_items=num_items, **inputs)
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         if self.captured is None:

@@ -183,6 +183,10 @@ def eight_bit_run(folder: str) -> tuple:
 def _check_errors(folder, model, optimizer):
     with pytest.raises(ValueError, match="sharded already"):
         qe.distributed.shard(model)
+    with pytest.raises(ValueError, match="cannot be merged"):
+        qe.merge(model)
+    with pytest.raises(ValueError, match="cannot be saved in 4 bits"):
+        qe.save_quantized(model, f"{folder}/base")
     with pytest.raises(FileNotFoundError, match="not a whole checkpoint"):
         qe.distributed.load_checkpoint(f"{folder}/nowhere", model)
     other = qe.distributed.shard(qe.prepare(llama(), qe.QLoRAConfig(r=3)))

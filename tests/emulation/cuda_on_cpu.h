@@ -261,6 +261,20 @@ void mma_m16n8k16(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t
   memcpy(c, result, sizeof result);
 }
 
+// ldmatrix: lane l has two elements of row l / 4, of each of four matrices.
+inline void load_matrices(uint32_t address, uint32_t& m0, uint32_t& m1, uint32_t& m2, uint32_t& m3) {
+  const unsigned i = slot(), lane = i % 32;
+  exchange[i][0] = address;
+  wait(Wait::kWarp);
+  uint32_t* const out[4] = {&m0, &m1, &m2, &m3};
+  for (unsigned matrix = 0; matrix < 4; ++matrix) {
+    const uint32_t row = exchange[i / 32 * 32 + matrix * 8 + lane / 4][0];
+    if (row % 16 != 0) fprintf(stderr, "ldmatrix at %u\n", row), abort();
+    memcpy(out[matrix], reinterpret_cast<const char*>(uintptr_t(row)) + lane % 4 * 4, 4);
+  }
+  wait(Wait::kWarp);
+}
+
 // prmt.b32: bit 3 of a selector repeats the byte's sign.
 inline uint32_t permute(uint32_t x, uint32_t y, uint32_t selector) {
   const uint64_t bytes = uint64_t(y) << 32 | x;
@@ -283,6 +297,11 @@ To bits_as(From v) {
 }
 
 }  // namespace emulated
+
+inline int atomicAdd(int* at, int value) { return *at += value, *at - value; }
+inline void __threadfence() {}
+inline float4 __ldcg(const float4* p) { return *p; }
+inline void __stcg(float4* p, float4 v) { *p = v; }
 
 #define threadIdx (emulated::current->index)
 #define blockIdx (emulated::current->block)

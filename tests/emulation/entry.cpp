@@ -11,9 +11,15 @@ extern "C" {
 
 cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
-  return *value = attribute == cudaDevAttrMaxSharedMemoryPerBlockOptin ? 232448 : 2, cudaSuccess;
+  *value = attribute == cudaDevAttrMaxSharedMemoryPerBlockOptin ? 232448
+           : attribute == cudaDevAttrComputeCapabilityMajor     ? 8
+                                                                : 2;
+  return cudaSuccess;
 }
 cudaError_t cudaGetLastError() { return cudaSuccess; }
+cudaError_t cudaMemsetAsync(void* to, int value, size_t bytes, cudaStream_t) {
+  return memset(to, value, bytes), cudaSuccess;
+}
 
 void run_threads_in_falling_order(bool falling) { emulated::falling_order = falling; }
 
@@ -53,6 +59,18 @@ int run_linear_nf4(const void* x, const Nf4Weight* weight, const void* bias, int
                    int64_t K) {
   if (M > kFewRows || !few_rows_fit(*weight, Dtype(dtype), x, N, K)) return -1;
   return linear_nf4_few_rows(x, *weight, bias, Dtype(dtype), y, M, N, K, nullptr);
+}
+
+// -1 where the kernel does not take this product
+int run_linear_nf4_sm80(const void* x, const Nf4Weight* weight, const void* bias, int dtype, void* y, int64_t M,
+                        int64_t N, int64_t K, int tokens, int splits) {
+  if (!linear_sm80_fits(*weight, Dtype(dtype), M, N, K)) return -1;
+  const Sm80Config config{tokens, splits};
+  const ProductScratch scratch = linear_sm80_scratch(config, M, N);
+  std::vector<float> partials(scratch.partials + 4, NAN);
+  std::vector<int32_t> counters(scratch.counters, -1);
+  float* aligned = partials.data() + -reinterpret_cast<uintptr_t>(partials.data()) % 16 / 4;
+  return linear_nf4_sm80(x, *weight, bias, Dtype(dtype), y, M, N, K, config, aligned, counters.data(), nullptr);
 }
 
 // -1 where the kernel does not take this product

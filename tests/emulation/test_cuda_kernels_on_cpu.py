@@ -356,6 +356,37 @@ def test_products_that_few_rows_leaves_to_others(compiled, dtype, M, K, blocksiz
 @needs_compiler
 @pytest.mark.parametrize("double_quant", [True, False])
 @pytest.mark.parametrize(
+    ("M", "N", "K", "blocksize", "tokens", "splits"),
+    [
+        (9, 50, 64, 64, 16, 1),
+        (16, 130, 704, 64, 16, 3),
+        (33, 136, 320, 64, 32, 1),
+        (20, 21, 4096, 128, 32, 16),
+        (70, 264, 448, 64, 64, 2),
+        (50, 77, 192, 64, 64, 4),
+        (130, 264, 256, 256, 128, 1),
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_sm80(kernels, dtype, M, N, K, blocksize, tokens, splits, double_quant):
+    """Ragged tiles of every size, parts of K (also none for some), scales over two orders of magnitude."""
+    scale = torch.logspace(-2, 0, N).unsqueeze(1)
+    arguments = quantize(torch.randn(N, K) * scale, blocksize, double_quant).arguments
+    x, bias = torch.randn(M, K).to(dtype), torch.randn(N).to(dtype)
+    weight = backend.reference_operator("dequantize_nf4")(*arguments, [N, K], dtype).double()
+    y = Output(M * N, dtype)
+    operands = (pointer(x), ctypes.byref(Weight(N * K, *arguments)), pointer(bias))
+    sizes = (integer(M), integer(N), integer(K), tokens, splits)
+    assert kernels.run_linear_nf4_sm80(*operands, DTYPES.index(dtype), pointer(y.tensor), *sizes) == 0
+    expected = x.double() @ weight.T + bias.double()
+    # one rounding, that of y: every element of W is the dequantized one
+    bound = {torch.float16: 3e-4, torch.bfloat16: 2.4e-3}[dtype]
+    assert_close("y", y.checked().view(M, N), expected, bound)
+
+
+@needs_compiler
+@pytest.mark.parametrize("double_quant", [True, False])
+@pytest.mark.parametrize(
     ("M", "N", "K", "blocksize"),
     [
         (1, 4, 64, 64),

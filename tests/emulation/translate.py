@@ -26,6 +26,7 @@ PTX = {
     "cp.async.ca.shared.global": "emulated::copy(to, from, kBytes, bytes);",
     "cp.async.commit_group": "emulated::commit_copies();",
     "cp.async.wait_group": "emulated::wait_for_copies(kPending);",
+    "ldmatrix.sync.aligned.m8n8.x4.shared.b16": "emulated::load_matrices(address, m0, m1, m2, m3);",
     "prmt.b32": "r = emulated::permute(a, b, selector);",
     "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32": (
         "emulated::mma_m16n8k16<__half>(c, a0, a1, a2, a3, b0, b1);"

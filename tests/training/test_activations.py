@@ -1,3 +1,5 @@
+import gc
+
 import pytest
 import torch
 
@@ -126,6 +128,58 @@ def test_a_layer_that_reads_its_mlps_output_recomputes_it():
     recompute_layers(model, "full")
     for actual, expected in zip(gradients(model, ids), plain, strict=True):
         assert torch.equal(actual, expected)
+
+
+class Shelf:
+    """A stand-in for `HostStack` where there is no GPU: counts what waits."""
+
+    def __init__(self):
+        self.waiting, self.pushed, self.taken = 0, 0, 0
+
+    def push(self, tensor):
+        return Shelved(self, tensor)
+
+
+class Shelved:
+    def __init__(self, shelf, tensor):
+        self.shelf, self.copy, self.requires_grad = shelf, tensor.detach().clone(), tensor.requires_grad
+        self.tensor = tensor
+        shelf.pushed += 1
+        shelf.waiting += 1
+
+    def release(self):
+        self.tensor = None
+
+    def take(self):
+        if self.tensor is None:
+            self.shelf.taken += 1
+            return self.copy.requires_grad_(self.requires_grad)
+        return self.tensor
+
+    def __del__(self):
+        self.shelf.waiting -= 1
+
+
+def test_inputs_are_put_away_once_and_let_go_at_once(monkeypatch):
+    model, ids, shelf = prepared(dropout=0.3), torch.randint(tiny.VOCABULARY, (2, 9)), Shelf()
+    monkeypatch.setattr(activations, "LEAST_OFFLOADED", 1)
+    recompute_layers(model, "full")
+    plain = gradients(model, ids)
+    for layer in activations.decoder_layers(model):
+        layer._gradient_checkpointing_func.host = shelf
+    gc.disable()  # what is let go must not wait for the collector: pinned buffers would pile up
+    try:
+        for step in range(1, 3):
+            for actual, expected in zip(gradients(model, ids), plain, strict=True):
+                assert torch.equal(actual, expected)
+            assert (shelf.pushed, shelf.taken, shelf.waiting) == (step * LAYERS, step * LAYERS, 0)
+        model(input_ids=ids, labels=ids, use_cache=False)  # a forward whose graph is dropped
+        assert shelf.waiting == 0
+        with torch.no_grad():
+            model(input_ids=ids)
+        assert shelf.pushed == 3 * LAYERS
+    finally:
+        gc.enable()
 
 
 @pytest.mark.gpu

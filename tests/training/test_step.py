@@ -4,7 +4,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from qlora_engine.training import FinetuneOptions, UsageError
+from qlora_engine.training import FinetuneOptions, UsageError, step
 from qlora_engine.training.finetune import finetune
 from tests.training.test_finetune import adapter, losses
 
@@ -34,6 +34,19 @@ def test_a_budget_of_activations_changes_no_number(options, tmp_path):
         finetune(options(output=str(tmp_path / name), max_steps=3, max_length=32, activation_gib=budget))
     a, b = adapter(tmp_path / "a"), adapter(tmp_path / "b")
     assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_the_training_loss_is_trls(options, tmp_path, monkeypatch):
+    """On batches of unequal lengths, accumulated: loss, accuracy and tokens of each step, and the adapter."""
+    common = {"grad_accum": 2, "max_steps": 3}
+    finetune(options(output=str(tmp_path / "ours"), **common))
+    monkeypatch.setattr(step, "why_not_own_loss", lambda *_: "TRL's is wanted")
+    finetune(options(output=str(tmp_path / "trl"), **common))
+    for key in ("loss", "mean_token_accuracy", "tokens", "grad_norm"):
+        ours, theirs = losses(tmp_path / "ours", key), losses(tmp_path / "trl", key)
+        assert ours == pytest.approx(theirs, rel=1e-4), key
+    a, b = adapter(tmp_path / "ours"), adapter(tmp_path / "trl")
+    assert all(torch.allclose(a[name], b[name], atol=1e-4) for name in a)
 
 
 @pytest.mark.parametrize(
