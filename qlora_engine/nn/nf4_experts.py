@@ -153,7 +153,7 @@ class NF4Experts(nn.Module):
 
     def nf4_weight(self, name: str, expert: int) -> NF4Weight:
         """One expert's weight of a projection; it shares the module's tensors."""
-        scales = [self._buffers[f"{name}_{scale}"] for scale in SCALES]
+        scales = [getattr(self, f"{name}_{scale}") for scale in SCALES]
         scales = [None if scale is None else scale[expert] for scale in scales]
         packed = self._parameters[name][expert]
         return NF4Weight(packed, *scales, self.shapes[name], self.blocksize, self.weight_dtype)
@@ -236,6 +236,7 @@ class NF4Experts(nn.Module):
     def _apply(self, fn, recurse=True):
         # as in NF4Linear: a change of dtype must not reach the scales
         names = [f"{name}_{scale}" for name in self.projections for scale in SCALES]
+        names = [name for name in names if name in self._buffers]  # sharded ones are parameters
         scales = {name: self._buffers.pop(name) for name in names}
         super()._apply(fn, recurse)
         for name, scale in scales.items():

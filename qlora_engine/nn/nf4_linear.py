@@ -181,7 +181,8 @@ class NF4Linear(nn.Linear):
     def _apply(self, fn, recurse=True):
         # `.half()` and the like convert every floating tensor; the scales must stay what they are. `fn` decides
         # the device, so it sees them, and only a change of dtype is undone.
-        scales = {name: self._buffers.pop(name) for name in QUANTIZED_BUFFERS}
+        names = [name for name in QUANTIZED_BUFFERS if name in self._buffers]  # a sharded one is a parameter
+        scales = {name: self._buffers.pop(name) for name in names}
         super()._apply(fn, recurse)
         for name, scale in scales.items():
             if scale is not None:

@@ -20,7 +20,7 @@ from tests.distributed.launch import run_ranks
 
 pytest.importorskip("transformers")
 
-from tests.models.tiny import llama, token_ids
+from tests.models.tiny import llama, qwen3_moe, token_ids
 
 STEPS, SAVED_AFTER = 6, 3
 FROZEN = ("weight", "absmax", "nested_absmax", "nested_offset")
@@ -181,6 +181,7 @@ def eight_bit_run(folder: str) -> tuple:
 
 
 def _check_errors(folder, model, optimizer):
+    assert model.to("cpu") is model
     with pytest.raises(ValueError, match="sharded already"):
         qe.distributed.shard(model)
     with pytest.raises(ValueError, match="cannot be merged"):
@@ -208,6 +209,19 @@ def test_eight_bit_state_and_torchs_optimizer(single, tmp_path):
     assert second == pytest.approx(single["losses"][SAVED_AFTER:], rel=5e-2)
     assert keys == ["exp_avg", "exp_avg_sq", "step"], "sharded 8-bit state is saved decoded"
     assert held > 0
+
+
+def experts_run(sharded: bool) -> list[float]:
+    model = qe.prepare(qwen3_moe(), qe.QLoRAConfig(r=4)).train()
+    if sharded:
+        qe.distributed.shard(model)
+        assert all(hasattr(p, "to_local") for n, p in model.named_parameters() if n.endswith("_absmax"))
+    return train(model, optimizer_of(model), 0, 2)
+
+
+def test_experts_are_sharded():
+    for losses in run_ranks(experts_run, 2, True):
+        assert losses == pytest.approx(experts_run(False), rel=1e-5)
 
 
 def test_blocks_are_the_layers():
