@@ -77,12 +77,13 @@ def find_cuobjdump() -> str | None:
 
 def readable_name(symbol: str) -> str:
     """`name<arguments>` of a mangled kernel: types and integers are all the arguments that kernels here have."""
-    for found in re.finditer(r"(?=(\d+)([a-z]\w*))", symbol):  # names are written as their length, then themselves
-        name, rest = found[2][: int(found[1])], found[2][int(found[1]) :]
-        if name.endswith("_kernel"):
-            break
-    else:
+    # names are written as their length, then themselves; digits of a hash before one can read as a longer name's length
+    lengths = re.finditer(r"(?=(\d+)([a-z]\w*))", symbol)
+    split = [(found[2][: int(found[1])], found[2][int(found[1]) :]) for found in lengths]
+    kernels = [(name, rest) for name, rest in split if name.endswith("_kernel")]
+    if not kernels:
         return symbol
+    name, rest = min(kernels, key=lambda one: len(one[0]))
     arguments = re.match(r"I(?:f|\d+__(?:half|nv_bfloat16)|L[bijl]\d+E)+E", rest)
     if not arguments:
         return name

@@ -47,6 +47,14 @@ def test_names(report, symbol, name):
     assert report.complaints(usage) == []
 
 
+def test_a_hash_whose_digits_read_as_lengths(report):
+    """050 before c23 is the length of all that follows it as far as the name's end, by chance."""
+    hashed = "_ZN12qlora_engine4cuda47_GLOBAL__N__fd050c23_14_linear_sm80_cu_55996555"
+    symbol = f"{hashed}18linear_sm80_kernelI13__nv_bfloat16Li128ELi8ELi3ELi1EEEvNS1_11Sm80ProblemE"
+    (usage,) = report.parse(TEXT.format(symbol, LINE.format(40, 0, 1024, 0)))
+    assert usage.kernel == "linear_sm80_kernel<__nv_bfloat16, 128, 8, 3, 1>"
+
+
 @pytest.mark.parametrize(
     ("numbers", "words"),
     [
