@@ -77,7 +77,7 @@ def find_cuobjdump() -> str | None:
 
 def readable_name(symbol: str) -> str:
     """`name<arguments>` of a mangled kernel: types and integers are all the arguments that kernels here have."""
-    # names are written as their length, then themselves; digits of a hash before one can read as a longer name's length
+    # names are written as their length, then themselves; digits of a hash before one can read as the length of more
     lengths = re.finditer(r"(?=(\d+)([a-z]\w*))", symbol)
     split = [(found[2][: int(found[1])], found[2][int(found[1]) :]) for found in lengths]
     kernels = [(name, rest) for name, rest in split if name.endswith("_kernel")]
