@@ -81,7 +81,8 @@ def _optimizer(options: FinetuneOptions) -> tuple[type[torch.optim.Optimizer], d
         return torch.optim.AdamW, arguments | {options.optimizer.removeprefix("adamw_"): True}
     if options.optimizer_gpu_gib is not None:
         arguments["device_budget"] = int(options.optimizer_gpu_gib * GIB)
-    return PagedAdamW, arguments | {"bits": 8 if options.optimizer.endswith("8bit") else 32}
+    # for methods that train a 16-bit model's own norms and biases: their steps are too small to add up in 16 bits
+    return PagedAdamW, arguments | {"bits": 8 if options.optimizer.endswith("8bit") else 32, "master_weights": True}
 
 
 def build_trainer(

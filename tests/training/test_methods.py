@@ -11,6 +11,7 @@ from qlora_engine.training import Interrupted
 from qlora_engine.training.errors import OptionError, UsageError
 from qlora_engine.training.finetune import finetune
 from qlora_engine.training.methods import method_config
+from qlora_engine.training.recipe import _optimizer
 from tests.training.test_finetune import InterruptAt, losses, options  # noqa: F401 - a fixture
 from tests.training.tiny_llm import pairs, write_jsonl
 
@@ -120,3 +121,15 @@ def test_command_line(options, tiny_model, tmp_path, capsys):  # noqa: F811
     assert main(["generate", *common, "--prompt", "the cat is", "--max-new-tokens", "3"]) == 0
     assert main(["merge", *common, "--output", str(tmp_path / "merged")]) == 2
     assert "cannot be merged" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("optimizer", ["paged_adamw", "paged_adamw_8bit"])
+def test_small_steps_add_up_in_16_bits(options, optimizer):  # noqa: F811
+    """What a method trains of a 16-bit model's own: near 1, bfloat16 numbers are 40 of these steps apart."""
+    weight = torch.nn.Parameter(torch.ones(5000, dtype=torch.bfloat16))
+    kind, settings = _optimizer(options(optimizer=optimizer, learning_rate=1e-4))
+    steps = kind([weight], **settings)
+    for _ in range(100):
+        weight.grad = torch.ones_like(weight)
+        steps.step()
+    assert weight.detach().float().mean().item() == pytest.approx(0.99, abs=0.003)
