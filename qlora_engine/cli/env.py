@@ -39,7 +39,7 @@ def collect() -> dict:
 
     from qlora_engine import kernels
     from qlora_engine.ops import backend
-    from qlora_engine.ops.schema import ADAPTER_SCHEMAS, SCHEMAS
+    from qlora_engine.ops.schema import ADAPTER_SCHEMAS, LAYER_SCHEMAS, SCHEMAS
 
     return {
         "qlora_engine": _version("qlora_engine"),
@@ -70,7 +70,7 @@ def collect() -> dict:
         },
         "operators": {
             name: {device: backend.implementation(name, device) for device in ("cpu", "cuda")}
-            for name in (*SCHEMAS, *ADAPTER_SCHEMAS)
+            for name in (*SCHEMAS, *ADAPTER_SCHEMAS, *LAYER_SCHEMAS)
         },
         "cases": {device: cases.collect(device) for device in _device_names(torch)},
         "variables": cases.variables(),
