@@ -200,7 +200,7 @@ def main() -> int:
     args = p.parse_args()
     if args.device != "cuda":
         raise SystemExit("bench_lora.py measures a GPU; there is none here")
-    harness.require_compiled(["linear_nf4", "linear_nf4_backward"], args.device)
+    harness.require_compiled(["adapter_forward", "adapter_backward_S", "adapter_backward_x"], args.device)
     timer = harness.Timer(args.device, args.quick)
     print(harness.environment(args.device), backend.implementation("lora_down", "cuda"), flush=True)
     rows = [

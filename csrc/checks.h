@@ -112,6 +112,16 @@ inline Nf4Pointers check_linear(const char* op, const Tensor& x, const Tensor& p
   return weight;
 }
 
+// Checks grad [..., out_features] and the weight [out_features, in_features].
+inline Nf4Pointers check_backward(const char* op, const Tensor& grad, const Tensor& packed, const Tensor& absmax,
+                                  const OptionalTensor& nested_absmax, const OptionalTensor& nested_offset,
+                                  int64_t blocksize, int64_t in_features) {
+  check_compute_dtype(op, "grad", grad.scalar_type());
+  STD_TORCH_CHECK(grad.dim() > 0, op, ": grad has no dimensions; expected [..., out_features]");
+  return check_nf4(op, packed, absmax, nested_absmax, nested_offset, blocksize,
+                   grad.size(grad.dim() - 1) * in_features, grad);
+}
+
 // Checks a low-rank addition to a product of `rows` [..., K] with `columns` columns; returns its rank. Rows of S may be
 // strided; B is [columns, rank], or [rank, columns] where not `transposed`.
 inline int64_t check_low_rank(const char* op, const char* S_name, const Tensor& S, const char* B_name, const Tensor& B,

@@ -159,15 +159,6 @@ Tensor linear_nf4_lora(const Tensor& x, const Tensor& packed, const Tensor& absm
   return y;
 }
 
-Nf4Pointers check_backward(const char* op, const Tensor& grad, const Tensor& packed, const Tensor& absmax,
-                           const OptionalTensor& nested_absmax, const OptionalTensor& nested_offset, int64_t blocksize,
-                           int64_t in_features) {
-  check_compute_dtype(op, "grad", grad.scalar_type());
-  STD_TORCH_CHECK(grad.dim() > 0, op, ": grad has no dimensions; expected [..., out_features]");
-  return check_nf4(op, packed, absmax, nested_absmax, nested_offset, blocksize,
-                   grad.size(grad.dim() - 1) * in_features, grad);
-}
-
 // grad W, checked
 Tensor backward_product(const Tensor& grad, const Nf4Pointers& weight, int64_t in_features) {
   const int64_t out_features = grad.size(grad.dim() - 1);

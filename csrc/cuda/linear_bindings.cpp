@@ -192,16 +192,6 @@ void multiply_backward(const char* op, const Tensor& grad, const Nf4Pointers& we
   if (!added) matrix_product(flat, *lora.S, *lora.B, flat);
 }
 
-// Checks grad [..., N] and the weight [N, in_features].
-Nf4Pointers check_backward(const char* op, const Tensor& grad, const Tensor& packed, const Tensor& absmax,
-                           const OptionalTensor& nested_absmax, const OptionalTensor& nested_offset, int64_t blocksize,
-                           int64_t in_features) {
-  check_compute_dtype(op, "grad", grad.scalar_type());
-  STD_TORCH_CHECK(grad.dim() > 0, op, ": grad has no dimensions; expected [..., out_features]");
-  return check_nf4(op, packed, absmax, nested_absmax, nested_offset, blocksize,
-                   grad.size(grad.dim() - 1) * in_features, grad);
-}
-
 Tensor linear_nf4_backward_cuda(const Tensor& grad, const Tensor& packed, const Tensor& absmax,
                                 const OptionalTensor& nested_absmax, const OptionalTensor& nested_offset,
                                 int64_t blocksize, int64_t in_features) {

@@ -12,16 +12,11 @@ namespace {
 
 constexpr int kThreads = 256, kPerThread = 4;
 
-template <typename T>
-__device__ float widen(T value) {
-  return float(value);
-}
-
 __device__ float load(const void* source, Dtype dtype, int64_t i) {
   switch (dtype) {
     case Dtype::kFloat32: return static_cast<const float*>(source)[i];
-    case Dtype::kFloat16: return widen(static_cast<const __half*>(source)[i]);
-    default: return widen(static_cast<const __nv_bfloat16*>(source)[i]);
+    case Dtype::kFloat16: return float(static_cast<const __half*>(source)[i]);
+    default: return float(static_cast<const __nv_bfloat16*>(source)[i]);
   }
 }
 

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from qlora_engine import functional
+from qlora_engine.nn.nf4_linear import apply_beside_scales
 from qlora_engine.quantization.codebook import NESTED_BLOCKSIZE, blocks_of
 from qlora_engine.quantization.weight import NF4Weight, quantize
 
@@ -236,15 +237,7 @@ class NF4Experts(nn.Module):
     def _apply(self, fn, recurse=True):
         # as in NF4Linear: a change of dtype must not reach the scales
         names = [f"{name}_{scale}" for name in self.projections for scale in SCALES]
-        names = [name for name in names if name in self._buffers]  # sharded ones are parameters
-        scales = {name: self._buffers.pop(name) for name in names}
-        super()._apply(fn, recurse)
-        for name, scale in scales.items():
-            if scale is not None:
-                applied = fn(scale)
-                scale = applied if applied.dtype == scale.dtype else scale.to(applied.device)
-            self._buffers[name] = scale
-        return self
+        return apply_beside_scales(self, names, fn, lambda: super(NF4Experts, self)._apply(fn, recurse))
 
     def extra_repr(self) -> str:
         shapes = ", ".join(f"{name} {list(shape)}" for name, shape in self.shapes.items())

@@ -1,6 +1,7 @@
 """`NF4Linear`: a linear layer with a frozen 4-bit weight."""
 
 import math
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import nn
@@ -181,15 +182,7 @@ class NF4Linear(nn.Linear):
     def _apply(self, fn, recurse=True):
         # `.half()` and the like convert every floating tensor; the scales must stay what they are. `fn` decides
         # the device, so it sees them, and only a change of dtype is undone.
-        names = [name for name in QUANTIZED_BUFFERS if name in self._buffers]  # a sharded one is a parameter
-        scales = {name: self._buffers.pop(name) for name in names}
-        super()._apply(fn, recurse)
-        for name, scale in scales.items():
-            if scale is not None:
-                applied = fn(scale)
-                scale = applied if applied.dtype == scale.dtype else scale.to(applied.device)
-            self._buffers[name] = scale
-        return self
+        return apply_beside_scales(self, QUANTIZED_BUFFERS, fn, lambda: super(NF4Linear, self)._apply(fn, recurse))
 
     def reset_parameters(self) -> None:
         """Nothing: a quantized weight is not initialised in place."""
@@ -200,3 +193,22 @@ class NF4Linear(nn.Linear):
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
             f"nf4 blocks of {self.blocksize}, {scales}"
         )
+
+
+def apply_beside_scales(module: nn.Module, names: Iterable[str], fn: Callable, apply: Callable) -> nn.Module:
+    """`nn.Module._apply` for a module some of whose buffers move with it but keep their dtype.
+
+    Args:
+        module: the module.
+        names: of those buffers; a sharded one is a parameter, and left to `apply`.
+        fn: what `_apply` was called with.
+        apply: applies it to everything else.
+    """
+    scales = {name: module._buffers.pop(name) for name in names if name in module._buffers}
+    apply()
+    for name, scale in scales.items():
+        if scale is not None:
+            applied = fn(scale)
+            scale = applied if applied.dtype == scale.dtype else scale.to(applied.device)
+        module._buffers[name] = scale
+    return module

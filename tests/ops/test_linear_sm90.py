@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from qlora_engine import ops, quantize
 from qlora_engine.ops.linear import LINEAR_ENVIRONMENT_VARIABLE, linear_path
 from tests.numerics import assert_close, relative_rms
+from tests.ops.fused_products import float64, fused, random_weight
 
 pytestmark = pytest.mark.gpu
 
@@ -28,19 +29,6 @@ def _needs_hopper():
 def force(monkeypatch):
     """force(path) sets QLORA_ENGINE_LINEAR."""
     return lambda path: monkeypatch.setenv(LINEAR_ENVIRONMENT_VARIABLE, path)
-
-
-def random_weight(N, K, blocksize=64, double_quant=True):
-    return quantize(torch.randn(N, K, device="cuda"), blocksize, double_quant)
-
-
-def fused(x, w4, bias=None):
-    return ops.linear_nf4(x, *w4.arguments, w4.shape[0], bias)
-
-
-def float64(x, w4, bias=None):
-    y = x.double() @ w4.dequantize(x.dtype).double().T
-    return y if bias is None else y + bias.double()
 
 
 @pytest.mark.parametrize("config", UNSPLIT)
