@@ -167,13 +167,14 @@ def bytes_per_token(model: nn.Module) -> tuple[int, int]:
 def ends_with_mlp(model: nn.Module) -> bool:
     """Whether nothing that backward needs depends on the outputs of a model's gated MLPs, by numbers.
 
-    All layers are recomputed for a few tokens with NaN in the place of these outputs; no gradient may show it.
+    All layers are recomputed for a few tokens with NaN in the place of these outputs; no gradient may show it. A model
+    that is not one of transformers' takes no tokens, so nothing is known of it: no.
     """
     layers = decoder_layers(model)
     before = [(layer, layer.gradient_checkpointing, layer.__dict__.get(FUNCTION)) for layer in layers]
     idle = [module for module in model.modules() if not module.training]
     parameters = [p for p in model.parameters() if p.requires_grad]
-    if not parameters:
+    if not parameters or not hasattr(model, "base_model_prefix"):
         return False
     device = parameters[0].device
     ids = torch.arange(PROBE_TOKENS // 8, device=device).unsqueeze(0)
