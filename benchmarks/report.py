@@ -1,0 +1,253 @@
+"""Writes the tables of docs/measured.md from the committed results.
+
+    python benchmarks/report.py            # after new results
+    python benchmarks/report.py --check    # exit 1 where the page is not what the results say
+
+A table of the page stands between the lines `<!-- table NAME -->` and `<!-- end -->`.
+"""
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+PAGE = ROOT / "docs" / "measured.md"
+
+# what this engine aims at, with the work that it is for
+DEQUANTIZE_AIM = 1.0  # of a copy of as many bytes
+QUANTIZE_AIMS = {  # GB/s by weight and kind
+    ("4096x4096", "absmax single"): 2100,
+    ("4096x4096", "absmax double"): 1800,
+    ("14336x4096", "absmax single"): 2700,
+    ("14336x4096", "absmax double"): 2400,
+    ("28672x8192", "absmax single"): 2900,
+    ("28672x8192", "absmax double"): 2700,
+    **{(shape, "search double"): 300 for shape in ("4096x4096", "14336x4096", "28672x8192")},
+}
+READ_AIM = 1.15  # of the time to read W, at one row
+LINEAR_AIMS = {  # microseconds by weight and rows
+    (14336, 4096): {4: 19, 16: 20, 64: 25, 128: 36, 256: 50, 512: 93, 1024: 163, 2048: 333, 8192: 1400},
+    (4096, 4096): {16: 12},
+    (4096, 14336): {16: 21, 64: 27},
+}
+LAYER_AIMS = {  # milliseconds, MiB
+    "linear 4096x4096 r=16 M=2048": (0.26, None),
+    "linear 4096x4096 r=16 M=8192": (0.82, None),
+    "linear 14336x4096 r=64 M=8192": (2.80, None),
+    "mlp 4096/14336 r=16 M=2048": (2.25, 314),
+    "mlp 4096/14336 r=16 M=8192": (9.3, 914),
+}
+STEP_AIMS = {"1x512": ("25 ms", 3.3), "2x2048": ("45,000 tokens/s", 3.9), "4x2048": ("50,000 tokens/s", 4.6)}
+OPTIMIZER_AIMS = {"ours 32-bit": 2.2, "ours 8-bit": 1.5, "ours 32-bit, pinned host": 36, "ours 32-bit, managed host": 36}
+CPU_AIMS = {"quantize": 40e3, "dequantize fp32": 9e3, "dequantize bf16": 6e3, "product 1": 3e3}
+CPU_RATIO = 1.15  # of a dense product
+
+
+def load(name: str) -> dict:
+    """A committed result."""
+    return json.loads((RESULTS / f"{name}.json").read_text())
+
+
+def source(*names: str) -> str:
+    """Where and of which commit results are, for the line below a table."""
+    found = {name: load(name)["environment"] for name in names}
+    commits = ", ".join(f"`{name}` at {e['commit']}" for name, e in found.items())
+    where = next(iter(found.values()))
+    return f"{where['device']}, torch {where['torch']}, bitsandbytes {where['bitsandbytes']}; {commits}."
+
+
+def markdown(columns: list[str], rows: list[list]) -> str:
+    """A table."""
+    lines = [columns, ["---"] * len(columns), *[[_cell(value) for value in row] for row in rows]]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _cell(value) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, float):
+        return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.1f}" if abs(value) >= 10 else f"{value:.2f}"
+    return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def _met(value: float | None, aim: float | None, least: bool = False) -> str | None:
+    if aim is None or value is None:
+        return None
+    return "yes" if (value >= aim if least else value <= aim) else "no"
+
+
+def dequantize() -> str:
+    rows = [
+        [r["case"], r["ours"], r["copy"], r["of_copy"], r["bitsandbytes"], _met(r["of_copy"], DEQUANTIZE_AIM, True)]
+        for r in load("bench_dequant_h100")["rows"]
+    ]
+    columns = ["weight, output, block, scales", "GB/s", "copy", "of a copy", "bitsandbytes", "at least a copy's rate"]
+    return markdown(columns, rows) + "\n\n" + source("bench_dequant_h100")
+
+
+def quantize() -> str:
+    rows = []
+    for r in load("bench_quantize_h100")["rows"]:
+        shape, kind = r["case"].split(" bf16 ")
+        aim, rate = QUANTIZE_AIMS.get((shape, kind)), r.get("graph", r["ours"])
+        error = f"{r['error']:+.1%}" if "error" in r else None
+        rows.append([shape, kind, r["ours"], r.get("graph"), r["copy"], r["bitsandbytes"], error, aim])
+        rows[-1].append(_met(rate, aim, True))
+    columns = ["weight", "scales", "GB/s", "in a graph", "copy", "bitsandbytes", "squared error", "aim", "reached"]
+    return markdown(columns, rows) + "\n\n" + source("bench_quantize_h100")
+
+
+def linear() -> str:
+    rows = []
+    for r in load("bench_linear_h100")["rows"]:
+        aim = LINEAR_AIMS.get((r["N"], r["K"]), {}).get(r["M"])
+        if r["M"] == 1:
+            aim = READ_AIM * r["read_us"]
+        best = min(r["graph_us"], r["ours_us"])
+        numbers = [r["ours_us"], r["graph_us"], r["dense_us"], r["bitsandbytes_us"], r.get("read_us"), r["sm80_us"]]
+        rows.append([f"{r['N']}x{r['K']}", r["M"], r["path"], *numbers, aim, _met(best, aim)])
+    columns = ["W", "rows", "way", "us", "in a graph", "cuBLAS, 16-bit W", "bitsandbytes", "only reading W"]
+    columns += ["`fused:sm80`", "aim", "reached"]
+    return markdown(columns, rows) + "\n\n" + source("bench_linear_h100")
+
+
+def linear_backward() -> str:
+    rows = []
+    for r in load("bench_linear_h100")["rows"]:
+        ratio = r["dense_backward_us"] / r["backward_us"]
+        numbers = [r["backward_us"], r["dense_backward_us"], ratio, r["bitsandbytes_backward_us"]]
+        rows.append([f"{r['N']}x{r['K']}", r["M"], *numbers])
+    columns = ["W", "rows", "us", "cuBLAS, 16-bit W", "cuBLAS / this", "bitsandbytes"]
+    return markdown(columns, rows) + "\n\n" + source("bench_linear_h100")
+
+
+def linear_lora() -> str:
+    data = load("bench_linear_lora_h100")["rows"]
+    ranks = [key.removeprefix("ratio_") for key in data[0] if key.startswith("ratio_")]
+    rows = [
+        [r["product"], f"{r['N']}x{r['K']}", r["M"], r["dense_us"], r["us_16"], *[r[f"ratio_{k}"] for k in ranks]]
+        for r in data
+    ]
+    columns = ["product", "W", "rows", "cuBLAS us", "r = 16 us"]
+    columns += ["no adapter" if k == "0" else f"r = {k}" for k in ranks]
+    return markdown(columns, rows) + "\n\n" + source("bench_linear_lora_h100")
+
+
+def layers() -> str:
+    rows = []
+    for r in load("bench_lora_h100")["rows"]:
+        ms, mib = LAYER_AIMS.get(r["case"], (None, None))
+        numbers = [r["ours_ms"], r["ours_graph_ms"], r["frozen_graph_ms"], r["peft_ms"], r["ours_mib"], r["peft_mib"]]
+        aim = None if ms is None else f"{ms:.2f} ms" + (f", {mib} MiB" if mib else "")
+        reached = _met(r["ours_graph_ms"], ms)
+        if mib:
+            reached = f"time {reached}, memory {_met(r['ours_mib'], mib)}"
+        rows.append([r["case"], *numbers, aim, reached])
+    columns = ["layer", "ms", "in a graph", "frozen 16-bit layer in a graph", "PEFT + bitsandbytes", "MiB"]
+    columns += ["PEFT's MiB", "aim", "reached"]
+    return markdown(columns, rows) + "\n\n" + source("bench_lora_h100")
+
+
+def step() -> str:
+    rows = []
+    for r in load("bench_finetune_8layers_h100")["rows"]:
+        aim, gib = STEP_AIMS[r["case"]]
+        rows.append([r["case"], r["what"], r["ms"], r["tokens_per_second"], r["peak_gib"], f"{aim}, {gib} GiB"])
+    columns = ["batch", "how", "ms", "tokens/s", "peak GiB", "aim"]
+    return markdown(columns, rows) + "\n\n" + source("bench_finetune_8layers_h100")
+
+
+def optimizer() -> str:
+    rows = []
+    for r in load("bench_optimizer_h100")["rows"]:
+        aim = OPTIMIZER_AIMS.get(r["case"])
+        rows.append([r["case"], r["ms"], r.get("bound_ms"), aim, _met(r["ms"], aim)])
+    columns = ["optimizer", "ms", "bytes alone", "aim", "reached"]
+    return markdown(columns, rows) + "\n\n" + source("bench_optimizer_h100")
+
+
+def memory() -> str:
+    gib = 2**30
+    rows = [
+        [r["case"], r["measured"] / gib, r["estimate"] / gib, f"{r['error']:+.1%}", r["process"] / gib]
+        for r in load("bench_memory_h100")["rows"]
+    ]
+    columns = ["run", "measured GiB", "estimated", "off by", "whole process"]
+    return markdown(columns, rows) + "\n\n" + source("bench_memory_h100")
+
+
+def scale() -> str:
+    rows = [
+        [r["model"], r["tokens"], r["cap_gib"], r["peak_gib"], r["tokens_per_s"], r["seconds"]]
+        for r in load("bench_scale_h100")["rows"]
+    ]
+    columns = ["shapes", "tokens", "memory capped at GiB", "peak GiB", "tokens/s", "seconds a step"]
+    return markdown(columns, rows) + "\n\n" + source("bench_scale_h100")
+
+
+def cpu() -> str:
+    rows = []
+    for r in load("bench_quantize_cpu")["rows"]:
+        if r["case"] == "4096x4096 fp32 single":
+            aim = CPU_AIMS["quantize"]
+            rows.append(["quantize, float32", r["ours_us"], None, r["bitsandbytes_us"], aim, _met(r["ours_us"], aim)])
+    for r in load("bench_dequant_cpu")["rows"]:
+        if r["shape"] == [4096, 4096] and r["blocksize"] == 64 and r["double_quant"] and r["dtype"] != "fp16":
+            aim, copy = CPU_AIMS[f"dequantize {r['dtype']}"], r["bytes"] / r["copy"] / 1e3
+            theirs = r["bytes"] / r["bitsandbytes"] / 1e3
+            rows.append([f"dequantize to {r['dtype']}", r["ours_us"], copy, theirs, aim, _met(r["ours_us"], aim)])
+    for r in load("bench_linear_cpu")["rows"]:
+        if (r["N"], r["K"]) == (4096, 4096):
+            aim = CPU_AIMS["product 1"] if r["M"] == 1 else CPU_RATIO * r["dense_us"]
+            numbers = [r["ours_us"], r["dense_us"], r["bitsandbytes_us"], aim]
+            rows.append([f"product, {r['M']} rows, float32", *numbers, _met(r["ours_us"], aim)])
+    rows = [[row[0], *[None if v is None else v / 1e3 for v in row[1:5]], row[5]] for row in rows]
+    columns = ["4096x4096", "ms", "dense, or a copy", "bitsandbytes", "aim", "reached"]
+    names = ("bench_quantize_cpu", "bench_dequant_cpu", "bench_linear_cpu")
+    return markdown(columns, rows) + "\n\n" + source(*names)
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    function.__name__: function
+    for function in (
+        dequantize,
+        quantize,
+        linear,
+        linear_backward,
+        linear_lora,
+        layers,
+        step,
+        optimizer,
+        memory,
+        scale,
+        cpu,
+    )
+}
+MARKED = re.compile(r"(<!-- table (\w+) -->\n).*?(<!-- end -->)", re.S)
+
+
+def render(page: str) -> str:
+    """The page with its tables as the results have them."""
+    return MARKED.sub(lambda m: f"{m[1]}\n{TABLES[m[2]]()}\n\n{m[3]}", page)
+
+
+def main() -> int:
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--check", action="store_true", help="change nothing; exit 1 where the page is out of date")
+    args = p.parse_args()
+    page = PAGE.read_text()
+    made = render(page)
+    if args.check:
+        print("up to date" if made == page else f"{PAGE} is out of date: run python benchmarks/report.py")
+        return int(made != page)
+    PAGE.write_text(made)
+    print(f"wrote {PAGE}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
