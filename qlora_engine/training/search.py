@@ -250,7 +250,7 @@ class _Runner:
         )
         memory.check_memory(need, str(self.device))
         self.model, self.tokenizer = recipe.load_base(options, folder, self.device, self.dtype)
-        if options.chat or train_rows.format == "messages":
+        if options.chat or train_rows.format in data.CONVERSATIONS:
             sampling.check_chat_template(self.tokenizer)
         if options.chat:
             train_rows, held_out = data.as_chat(train_rows), data.as_chat(held_out)

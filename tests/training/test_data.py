@@ -141,5 +141,5 @@ def test_as_chat(tmp_path):
     assert as_chat(rows).rows == [
         {"prompt": [{"role": "user", "content": "a"}], "completion": [{"role": "assistant", "content": "b"}]}
     ]
-    with pytest.raises(DataError, match="--chat is for prompt/completion rows"):
+    with pytest.raises(DataError, match="--chat is for rows of a prompt and answers in text"):
         as_chat(load_rows(write_jsonl(tmp_path / "b.jsonl", [TEXT])))
