@@ -60,9 +60,9 @@ def base_alone(model: torch.nn.Module) -> Iterator[None]:
     """Within this context a model is in evaluation mode and computes what its frozen base computes."""
     training = [module for module in model.modules() if module.training]
     with contextlib.ExitStack() as stack:
-        stack.enter_context(adapters_disabled(model))
-        for method in reversed(peft.applied(model)):
-            stack.enter_context(method.disabled())
+        methods = [method.disabled() for method in reversed(peft.applied(model))]
+        for disabled in methods or [adapters_disabled(model)]:  # those of `prepare` are no method
+            stack.enter_context(disabled)
         model.eval()
         try:
             yield
