@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from qlora_engine.training import Interrupted, UsageError, reference
 from qlora_engine.training.data import as_chat
@@ -180,12 +180,30 @@ def test_interrupted_and_resumed_equals_uninterrupted(preferred, tmp_path, monke
     for key in ("loss", "eval_loss", "rewards/margins", "eval_rewards/accuracies", "tokens"):
         assert losses(parts, key) == losses(whole, key), key
     assert all(torch.equal(t, adapter(parts)[name]) for name, t in adapter(whole).items())
-    # other pairs, or another base, are not taken for these
-    other = write_jsonl(tmp_path / "other.jsonl", preferences(80, seed=1))
-    finetune(preferred(output=str(parts), overwrite=True, data=str(other), **{**settings, "max_steps": 1}))
-    assert len(computed) == 6
-    finetune(preferred(output=str(whole), overwrite=True, blocksize=32, **{**settings, "max_steps": 1}))
-    assert len(computed) == 8
+
+
+def test_a_kept_reference_is_of_these_pairs_and_this_base(preferred, tiny_model, tmp_path):
+    from datasets import Dataset
+
+    rows = [{"prompt": [1], "chosen": [2, 3], "rejected": [4]}, {"prompt": [1], "chosen": [2], "rejected": [3]}]
+    base, _ = load_model(preferred(), tiny_model, CPU, torch.float32)
+    first = reference.base_digest(base)
+    with torch.no_grad():
+        next(p for name, p in base.named_parameters() if "lora_B" in name).add_(1)
+    assert reference.base_digest(base) == first, "what is trained is not part of it"
+    other, _ = load_model(preferred(blocksize=32), tiny_model, CPU, torch.float32)
+    digests = [reference.pairs_digest(Dataset.from_list(rows), first)]
+    digests.append(reference.pairs_digest(Dataset.from_list(rows), reference.base_digest(other)))
+    digests.append(reference.pairs_digest(Dataset.from_list(rows[::-1]), first))
+    digests.append(reference.pairs_digest(Dataset.from_list([{**rows[0], "chosen": [2], "rejected": [3, 4]}]), first))
+    assert len(set(digests)) == 4
+    file = tmp_path / "kept"
+    save_file({"a": torch.ones(2, 2)}, file, metadata={"a": digests[0]})
+    assert reference.read(file, {"a": digests[0], "b": digests[1]}).keys() == {"a"}
+    assert reference.read(file, {"a": digests[1]}) == {}
+    file.write_bytes(b"cut short")
+    assert reference.read(file, {"a": digests[0]}) == {}
+    assert reference.read(tmp_path / "none", {"a": digests[0]}) == {}
 
 
 def test_accumulation_and_recomputation_change_no_number(preferred, tmp_path):
