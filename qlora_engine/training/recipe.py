@@ -101,8 +101,12 @@ def build_trainer(
     device: torch.device,
     dtype: torch.dtype,
     ranks: Ranks | None = None,
+    keep: Path | None = None,
 ) -> QLoRATrainer:
     """The trainer of a run; building it tokenizes the data, and computes what the objective needs of the base.
+
+    Args:
+        keep: folder where the latter is kept, for runs on the same data and base; default: the run's.
 
     Raises:
         UsageError: where the data do not fit the tokenizer or the length.
@@ -167,5 +171,5 @@ def build_trainer(
                 f"no {name} row is left: within --max-length {options.max_length} every prompt fills the whole "
                 "sequence; raise it"
             )
-    objective.prepare(trainer, Path(options.output))
+    objective.prepare(trainer, keep or Path(options.output))
     return trainer

@@ -276,7 +276,13 @@ class _Runner:
             with tempfile.TemporaryDirectory() as folder:  # where the trainer would write; a trial leaves nothing
                 here = dataclasses.replace(options, output=folder, save_every=0)
                 loop = recipe.build_trainer(
-                    here, self.model, self.tokenizer, *self.rows, device=self.device, dtype=self.dtype
+                    here,
+                    self.model,
+                    self.tokenizer,
+                    *self.rows,
+                    device=self.device,
+                    dtype=self.dtype,
+                    keep=Path(options.output),
                 )
                 watch = _watch(trial)
                 loop.add_callback(watch)

@@ -211,8 +211,7 @@ def test_accumulation_and_recomputation_change_no_number(preferred, tmp_path):
     runs = {
         "whole": {"batch_size": 4},
         "accumulated": {"batch_size": 2, "grad_accum": 2},
-        "recomputed": {"batch_size": 4, "gradient_checkpointing": "full"},
-        "budget": {"batch_size": 4, "activation_gib": 0.001},
+        "recomputed": {"batch_size": 4, "activation_gib": 0.001},
         "trl": {"batch_size": 4},
     }
     for name, changes in runs.items():
