@@ -167,8 +167,8 @@ def bytes_per_token(model: nn.Module) -> tuple[int, int]:
 def ends_with_mlp(model: nn.Module) -> bool:
     """Whether nothing that backward needs depends on the outputs of a model's gated MLPs, by numbers.
 
-    All layers are recomputed for a few tokens with NaN in the place of these outputs; no gradient may show it. A model
-    that is not one of transformers' takes no tokens, so nothing is known of it: no.
+    All layers are recomputed for a few tokens with NaN in the place of these outputs; no gradient may show it. Of
+    a model that is not one of transformers' nothing is known, as it takes no tokens: no.
     """
     layers = decoder_layers(model)
     before = [(layer, layer.gradient_checkpointing, layer.__dict__.get(FUNCTION)) for layer in layers]

@@ -56,7 +56,7 @@ class CapturedStep:
         backward: Callable[[torch.Tensor], None] = torch.Tensor.backward,
         limit: int = 16,
     ):
-        self.function, self.backward, self.limit = function, backward, limit
+        self.function, self.model, self.backward, self.limit = function, model, backward, limit
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         if not self.parameters or not all(p.is_cuda for p in self.parameters):
             raise RuntimeError("a CUDA graph needs trainable parameters, all on a GPU")
@@ -116,51 +116,66 @@ class CapturedStep:
 
     def _capture(self, inputs: dict[str, torch.Tensor]) -> tuple:
         places = {name: value.detach().clone() for name, value in inputs.items()}
-        self._warm_up(places)
         if self.gradients is None:
             self.gradients = [torch.zeros_like(parameter) for parameter in self.parameters]
             numbers = random.Random(torch.cuda.initial_seed())
             for one in self.recomputations:
                 self.generators += one.prepare_capture(self.device, numbers.getrandbits(62))
-        before = [parameter.grad for parameter in self.parameters]
-        for parameter, gradient in zip(self.parameters, self.gradients, strict=True):
-            if parameter.grad is not None and parameter.grad is not gradient:
-                gradient.copy_(parameter.grad)
-            parameter.grad = gradient
         graph = torch.cuda.CUDAGraph()
-        for generator in self.generators:
-            graph.register_generator_state(generator)
-        try:
-            with torch.cuda.graph(graph, self.pool, self.stream, capture_error_mode="thread_local"):
-                outputs = self._run(places)
-        except Exception as error:
-            for parameter, gradient in zip(self.parameters, before, strict=True):
+        with self._fresh_parameters() as fresh:
+            self._warm_up(places, fresh)
+            for parameter, gradient in zip(fresh, self.gradients, strict=True):
                 parameter.grad = gradient
-            raise RuntimeError(
-                f"this step cannot be captured into a CUDA graph ({' '.join(str(error).split())[:300]}); it must "
-                "not read a tensor on the host or depend on its values, nor copy from memory that is not pinned"
-            ) from error
-        for parameter, gradient in zip(self.parameters, before, strict=True):
-            parameter.grad = gradient
+            for generator in self.generators:
+                graph.register_generator_state(generator)
+            try:
+                with torch.cuda.graph(graph, self.pool, self.stream, capture_error_mode="thread_local"):
+                    outputs = self._run(places)
+            except Exception as error:
+                raise RuntimeError(
+                    f"this step cannot be captured into a CUDA graph ({' '.join(str(error).split())[:300]}); it must "
+                    "not read a tensor on the host or depend on its values, nor copy from memory that is not pinned"
+                ) from error
         self.pool = graph.pool()
         return graph, places, outputs
 
-    def _warm_up(self, inputs: dict[str, torch.Tensor]) -> None:
-        """Calls without a graph, which leave neither gradients nor a trace in the random numbers."""
-        before, numbers = [parameter.grad for parameter in self.parameters], torch.cuda.get_rng_state(self.device)
+    @contextlib.contextmanager
+    def _fresh_parameters(self) -> Iterator[list[nn.Parameter]]:
+        """Within this context the model has other parameters in the same memory.
+
+        Autograd adds a gradient on the stream on which a parameter was first used, and remembers it for as long as
+        any graph with the parameter lives, such as that of a loss somebody keeps. These were never used.
+        """
+        fresh = {id(p): nn.Parameter(p.detach()) for p in self.parameters}
+        places = [
+            (module._parameters, name)
+            for module in self.model.modules()
+            for name, parameter in module._parameters.items()
+            if id(parameter) in fresh
+        ]
+        before = [owner[name] for owner, name in places]
+        try:
+            for owner, name in places:
+                owner[name] = fresh[id(owner[name])]
+            yield list(fresh.values())
+        finally:
+            for (owner, name), parameter in zip(places, before, strict=True):
+                owner[name] = parameter
+
+    def _warm_up(self, inputs: dict[str, torch.Tensor], parameters: list[nn.Parameter]) -> None:
+        """Calls without a graph, which leave no trace in the random numbers."""
+        numbers = torch.cuda.get_rng_state(self.device)
         current = torch.cuda.current_stream(self.device)
         self.stream.wait_stream(current)
         try:
             with torch.cuda.stream(self.stream):
                 for _ in range(WARMUPS):
-                    for parameter in self.parameters:
+                    for parameter in parameters:
                         parameter.grad = None
                     self._run(inputs)
         finally:
             current.wait_stream(self.stream)
             torch.cuda.set_rng_state(numbers, self.device)
-            for parameter, gradient in zip(self.parameters, before, strict=True):
-                parameter.grad = gradient
 
 
 def _recomputations(model: nn.Module) -> list[Recomputation]:

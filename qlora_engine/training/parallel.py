@@ -44,6 +44,10 @@ class Ranks:
         Raises:
             OptionError: for one GPU by its number, which all processes would share.
         """
+        if self.size > 1 and name == "cpu":
+            os.environ["CUDA_VISIBLE_DEVICES"] = (
+                ""  # accelerate's barrier takes the GPU of a process's number otherwise
+            )
         if self.size == 1 or name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
             return name
         if name not in ("auto", "cuda"):
@@ -148,6 +152,11 @@ class ParallelTraining:
             shard(self.model)
             self.accelerator.prepare_model(self.model, device_placement=False, evaluation_mode=True)
             self.accelerator.clip_grad_norm_ = _clip_sharded
+
+    def save_model(self, output_dir=None, _internal_call=False):
+        if self.ranks.sharded:  # gathered by all, where some versions of transformers would ask the first alone
+            return self._save(output_dir)
+        return super().save_model(output_dir, _internal_call)
 
     def _save_optimizer_and_scheduler(self, output_dir):
         if not self.ranks.sharded:

@@ -39,7 +39,16 @@ def compiled(tmp_path_factory):
     folder = tmp_path_factory.mktemp("emulation")
     source = next(s for s in write_sources(folder) if s.name == "adamw.cpp")
     library = folder / "adamw.so"
-    command = [COMPILER, "-std=c++20", "-O1", "-fPIC", "-shared", "-ffp-contract=off", "-Wno-attributes"]
+    command = [
+        COMPILER,
+        "-std=c++20",
+        "-O1",
+        "-fPIC",
+        "-shared",
+        "-Wl,-Bsymbolic",
+        "-ffp-contract=off",
+        "-Wno-attributes",
+    ]
     command += ["-fsanitize=alignment", "-fno-sanitize-recover=all"]  # what the GPU refuses must not pass here
     command += ["-I", str(HERE), "-I", str(folder), "-isystem", str(HEADERS)]
     subprocess.run([*command, str(HERE / "entry_adamw.cpp"), str(source), "-o", str(library)], check=True)

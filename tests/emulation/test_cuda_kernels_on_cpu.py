@@ -42,7 +42,16 @@ def compiled(tmp_path_factory):
     folder = tmp_path_factory.mktemp("emulation")
     sources = write_sources(folder)
     library = folder / "kernels.so"
-    command = [COMPILER, "-std=c++20", "-O1", "-fPIC", "-shared", "-ffp-contract=off", "-Wno-attributes"]
+    command = [
+        COMPILER,
+        "-std=c++20",
+        "-O1",
+        "-fPIC",
+        "-shared",
+        "-Wl,-Bsymbolic",
+        "-ffp-contract=off",
+        "-Wno-attributes",
+    ]
     command += ["-fsanitize=alignment", "-fno-sanitize-recover=all"]  # what the GPU refuses must not pass here
     command += ["-I", str(HERE), "-I", str(folder), "-isystem", str(HEADERS)]
     command += [str(HERE / "entry.cpp"), *map(str, sources), "-o", str(library)]

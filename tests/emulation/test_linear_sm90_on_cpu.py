@@ -26,6 +26,7 @@ def compiled(tmp_path_factory):
         "-O2",
         "-fPIC",
         "-shared",
+        "-Wl,-Bsymbolic",
         "-ffp-contract=off",
         "-Wno-attributes",
         "-Wno-psabi",

@@ -22,7 +22,7 @@ MAKERS = {
 
 def logits(model):
     """In training mode: in the other, bitsandbytes multiplies in bfloat16 on a CPU, whatever the dtype."""
-    return model.train()(tiny.token_ids()).logits
+    return model.train()(tiny.token_ids().to(model.device)).logits.cpu()
 
 
 def config_of_theirs(double_quant=True, kind="nf4"):
@@ -60,18 +60,18 @@ def assert_equal(ours, theirs):
 )
 @pytest.mark.parametrize("double_quant", [True, False])
 @pytest.mark.parametrize("kind", MAKERS)
-def test_theirs_here(kind, double_quant, tmp_path):
+def test_theirs_here(kind, double_quant, device, tmp_path):
     MAKERS[kind]().save_pretrained(tmp_path / "plain")
-    theirs = AutoModel.from_pretrained(tmp_path / "plain", quantization_config=config_of_theirs(double_quant))
+    theirs = tiny.loaded(tmp_path / "plain", device, quantization_config=config_of_theirs(double_quant))
     theirs.save_pretrained(tmp_path / "theirs", save_original_format=False)
     from qlora_engine.integrations.transformers import bitsandbytes_config
 
     folder = tmp_path / "theirs"
-    ours = AutoModel.from_pretrained(folder, config=bitsandbytes_config(folder))
+    ours = tiny.loaded(folder, device, config=bitsandbytes_config(folder))
     assert_equal(ours, theirs)
-    assert_equal(qe.load_quantized(folder, progress=False), theirs)
+    assert_equal(qe.load_quantized(folder, device=device, progress=False), theirs)
     ours.save_pretrained(tmp_path / "ours")
-    assert_equal(AutoModel.from_pretrained(tmp_path / "ours"), theirs)
+    assert_equal(tiny.loaded(tmp_path / "ours", device), theirs)
 
 
 @pytest.mark.compat(
@@ -80,18 +80,18 @@ def test_theirs_here(kind, double_quant, tmp_path):
 )
 @pytest.mark.parametrize("double_quant", [True, False])
 @pytest.mark.parametrize("kind", MAKERS)
-def test_ours_there(kind, double_quant, tmp_path):
-    model = MAKERS[kind]()
+def test_ours_there(kind, double_quant, device, tmp_path):
+    model = MAKERS[kind]().to(device)
     model.save_pretrained(tmp_path / "plain")
     config = qe.NF4Config(double_quant=double_quant, save_format="bitsandbytes")
-    ours = AutoModel.from_pretrained(tmp_path / "plain", quantization_config=config)
+    ours = tiny.loaded(tmp_path / "plain", device, quantization_config=config)
     ours.save_pretrained(tmp_path / "ours")
-    theirs = AutoModel.from_pretrained(tmp_path / "ours")
+    theirs = tiny.loaded(tmp_path / "ours", device)
     assert_equal(ours, theirs)
     prepared = qe.quantize_model(model, qe.QLoRAConfig(double_quant=double_quant))
     qe.save_quantized(prepared, tmp_path / "quantized", file_format="bitsandbytes")
-    assert_equal(prepared, AutoModel.from_pretrained(tmp_path / "quantized"))
-    assert_equal(qe.load_quantized(tmp_path / "quantized", progress=False), theirs)
+    assert_equal(prepared, tiny.loaded(tmp_path / "quantized", device))
+    assert_equal(qe.load_quantized(tmp_path / "quantized", device=device, progress=False), theirs)
 
 
 @pytest.mark.compat(
@@ -100,23 +100,23 @@ def test_ours_there(kind, double_quant, tmp_path):
 )
 @pytest.mark.parametrize("double_quant", [True, False])
 @pytest.mark.parametrize("kind", MAKERS)
-def test_their_fp4_here(kind, double_quant, tmp_path):
+def test_their_fp4_here(kind, double_quant, device, tmp_path):
     MAKERS[kind]().save_pretrained(tmp_path / "plain")
-    theirs = AutoModel.from_pretrained(tmp_path / "plain", quantization_config=config_of_theirs(double_quant, "fp4"))
+    theirs = tiny.loaded(tmp_path / "plain", device, quantization_config=config_of_theirs(double_quant, "fp4"))
     theirs.save_pretrained(tmp_path / "theirs", save_original_format=False)
     from qlora_engine.integrations.transformers import bitsandbytes_config
 
     folder = tmp_path / "theirs"
-    ours = AutoModel.from_pretrained(folder, config=bitsandbytes_config(folder))
+    ours = tiny.loaded(folder, device, config=bitsandbytes_config(folder))
     for path, weight in weights(theirs).items():
         layer = ours.get_submodule(path)
         assert torch.equal(layer.weight.T if kind == "gpt2" else layer.weight, weight), path
     torch.testing.assert_close(logits(ours), logits(theirs), rtol=1e-4, atol=1e-5)
     assert not ours.is_quantized
     ours.save_pretrained(tmp_path / "ours")
-    assert torch.equal(logits(AutoModel.from_pretrained(tmp_path / "ours")), logits(ours))
+    assert torch.equal(logits(tiny.loaded(tmp_path / "ours", device)), logits(ours))
     with pytest.raises(ValueError, match="fp4"):
-        qe.load_quantized(folder, progress=False)
+        qe.load_quantized(folder, device=device, progress=False)
 
 
 def test_errors(tmp_path):
@@ -127,7 +127,7 @@ def test_errors(tmp_path):
         bitsandbytes_config(tmp_path / "plain")
     tiny.qwen3_moe().save_pretrained(tmp_path / "moe")
     config = qe.NF4Config(save_format="bitsandbytes")
-    moe = AutoModel.from_pretrained(tmp_path / "moe", quantization_config=config)
+    moe = tiny.loaded(tmp_path / "moe", "cpu", quantization_config=config)
     with pytest.raises(ValueError, match="experts"):
         moe.save_pretrained(tmp_path / "packed")
 

@@ -102,6 +102,15 @@ def token_ids(batch: int = 2, length: int = 12) -> torch.Tensor:
     return torch.randint(3, VOCABULARY, (batch, length), generator=torch.Generator().manual_seed(0))
 
 
+def loaded(folder, device: str, auto_class=None, **options):
+    """`from_pretrained` onto a device; onto a GPU by default, as for anyone who has one and names none."""
+    from transformers import AutoModelForCausalLM
+
+    place = {"device_map": "cpu"} if device == "cpu" else {}
+    model = (auto_class or AutoModelForCausalLM).from_pretrained(folder, **place, **options)
+    return model if getattr(model, "quantization_method", None) else model.to(device)
+
+
 def qwen3_moe(seed: int = 0, **options):
     """Two layers of four experts each, two for a token."""
     from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM

@@ -123,6 +123,20 @@ def test_gradients_that_were_there_stay():
         assert torch.allclose(parameter.grad, gradient + 1, atol=1e-6)
 
 
+@pytest.mark.gpu
+def test_a_loss_of_an_earlier_step_may_live():
+    model = prepared("cuda")
+    (ids,) = batches(1)
+    kept = causal_lm_loss(model, ids, ids).loss
+    kept.backward()
+    expected = [p.grad.clone() for p in trained(model)]
+    model.zero_grad()
+    (loss,) = CapturedStep(step_of(model), model)(input_ids=ids)
+    assert torch.allclose(loss, kept, rtol=1e-6)
+    for parameter, gradient in zip(trained(model), expected, strict=True):
+        assert torch.allclose(parameter.grad, gradient, rtol=1e-4, atol=1e-6)
+
+
 def dropping_model():
     """Two recomputable layers that are nothing but an adapter with dropout: their output is linear in its B."""
     from transformers.modeling_layers import GradientCheckpointingLayer
