@@ -52,9 +52,7 @@ def closing_text(result) -> str:
         lines.append(f"held-out loss    {summary['eval_loss']['before']:.4f} -> {summary['eval_loss']['after']:.4f}")
     if summary.get("eval_rewards"):
         before, after = (summary["eval_rewards"][when] for when in ("before", "after"))
-        lines.append(
-            f"held-out pairs   {before['accuracies']:.1%} -> {after['accuracies']:.1%} preferred as they should be"
-        )
+        lines.append(f"reward accuracy  {before['accuracies']:.1%} -> {after['accuracies']:.1%} of held-out pairs")
         lines.append(f"reward margin    {before['margins']:.4f} -> {after['margins']:.4f}")
     if summary["train_loss"]:
         lines.append(f"training loss    {summary['train_loss']['first']:.4f} -> {summary['train_loss']['last']:.4f}")

@@ -7,7 +7,7 @@ from pathlib import Path
 from qlora_engine.models.files import atomic_files
 from qlora_engine.training.memory import GIB
 from qlora_engine.training.objective import REWARDS
-from qlora_engine.training.options import DPO, LORA
+from qlora_engine.training.options import DPO, LORA, PREFERENCE_OPTIONS
 
 MIB = 2**20
 
@@ -50,6 +50,7 @@ def summarize(*, options, metrics, sizes, method, adapter_bytes, rows, peak, sec
         "versions": {name: importlib.metadata.version(name) for name in ("torch", "transformers", "trl")},
     }
     if options.objective == DPO:
+        summary["preferences"] = {name: getattr(options, name) for name in PREFERENCE_OPTIONS}
         summary["eval_rewards"] = {"before": rewards_of(evals[0]), "after": rewards_of(evals[-1])} if evals else None
     return summary
 
@@ -87,7 +88,7 @@ def draw_losses(records: list[dict], path: Path, title: str) -> None:
     _, _, margins, accuracies = REWARDS
     panels = [("loss", "loss (nats per token)")]
     if any(margins in record for record in records):
-        panels = [("loss", "loss"), (margins, "reward margin"), (accuracies, "share preferred as it should be")]
+        panels = [("loss", "loss"), (margins, "reward margin"), (accuracies, "reward accuracy")]
     figure = Figure(figsize=(8, 4.8 + 3 * (len(panels) - 1)), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
     for axes, (name, label) in zip(figure.subplots(len(panels), squeeze=False)[:, 0], panels, strict=True):
@@ -152,6 +153,9 @@ def card_text(summary: dict, output: Path) -> str:
     ]
     if held:
         rows.insert(0, ("held-out loss", f"{held['before']:.4f} before, **{held['after']:.4f}** after"))
+    if "preferences" in summary:
+        settings = ", ".join(f"{name} {value}" for name, value in summary["preferences"].items() if value)
+        rows.insert(bool(held), ("objective", f"preferences (DPO), {settings}"))
     if summary.get("eval_rewards"):
         rows[1:1] = _reward_rows(**summary["eval_rewards"])
     table = "\n".join(f"| {name} | {value} |" for name, value in rows)
@@ -190,7 +194,7 @@ qlora merge --model {summary["model"]} --adapter {output}/adapter --output merge
 def _reward_rows(before: dict, after: dict) -> list[tuple[str, str]]:
     return [
         (
-            "held-out pairs preferred as they should be",
+            "held-out reward accuracy",
             f"{before['accuracies']:.1%} before, **{after['accuracies']:.1%}** after",
         ),
         (

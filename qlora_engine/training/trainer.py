@@ -238,7 +238,7 @@ class ProgressBar(TrainerCallback):
         if "eval_loss" in logs:
             text = f"step {state.global_step}: held-out loss {logs['eval_loss']:.4f}"
             if "eval_rewards/accuracies" in logs:
-                text += f", {logs['eval_rewards/accuracies']:.0%} of pairs preferred as they should be"
+                text += f", reward accuracy {logs['eval_rewards/accuracies']:.0%}"
             self._line(text)
         elif "loss" in logs:
             figures = f"loss {float(logs['loss']):.4f}, {self.metrics.tokens_per_second:.0f} tok/s, {memory:.2f} GiB"

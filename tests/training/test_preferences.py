@@ -141,9 +141,19 @@ def test_a_run_learns_to_prefer_on_unseen_pairs(preferred, tmp_path):
     assert list(losses(out, "eval_rewards/accuracies")) == [0, 5, 10, 15, 20]
     card = (out / "README.md").read_text()
     assert f"**{after['accuracies']:.1%}** after" in card
+    assert "| preferences (DPO), beta 0.5, loss_type sigmoid |" in card
     assert "**Reference**" in (out / "samples.md").read_text()
     kept = load_file(out / "reference.safetensors")
     assert {name: len(t) for name, t in kept.items()} == {"train_dataset": 64, "eval_dataset": 16}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("changes", [{}, {"offload_activations": True, "gradient_checkpointing": "full"}], ids=str)
+def test_on_a_gpu_in_bf16(preferred, tmp_path, changes):
+    result = finetune(preferred(device="cuda", max_steps=20, r=8, eval_fraction=0.2, **changes))
+    assert result.summary["dtype"] == "bfloat16"
+    assert losses(tmp_path / "out")[1] == pytest.approx(0.6931, abs=0.02)
+    assert result.summary["eval_rewards"]["after"]["accuracies"] > 0.8
 
 
 def test_the_curve_has_margins_and_accuracy(monkeypatch, tmp_path):
@@ -157,7 +167,7 @@ def test_the_curve_has_margins_and_accuracy(monkeypatch, tmp_path):
     records += [{"step": n, "loss": 0.7, "rewards/margins": n / 4, "rewards/accuracies": n / 8} for n in range(1, 5)]
     report.draw_losses(records, tmp_path / "curve.png", "title")
     labels = [axes.get_ylabel() for axes in drawn[0].axes]
-    assert labels == ["loss", "reward margin", "share preferred as it should be"]
+    assert labels == ["loss", "reward margin", "reward accuracy"]
     lines = {line.get_label(): line.get_xydata().tolist() for line in drawn[0].axes[1].get_lines()}
     assert lines["training, each step"] == [[n, n / 4] for n in range(1, 5)]
     assert lines["held out"] == [[0, 0.0]]
