@@ -1,15 +1,14 @@
 """The AdamW kernels' own text, run on a CPU, gives the CPU operator's bits."""
 
 import ctypes
-import subprocess
 
 import pytest
 import torch
 
 from qlora_engine.ops import adamw as ops
 from qlora_engine.ops import backend
-from tests.emulation.test_cuda_kernels_on_cpu import COMPILER, HEADERS, HERE, integer, needs_compiler, pointer
-from tests.emulation.translate import write_sources
+from tests.emulation.build import ALIGNED, build, needs_compiler
+from tests.emulation.test_cuda_kernels_on_cpu import integer, pointer
 from tests.ops.adamw_cases import HYPER, new_gradients, problem
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]  # in the order of csrc/cuda/kernels.h
@@ -36,23 +35,7 @@ class AdamWTensor(ctypes.Structure):
 
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("emulation")
-    source = next(s for s in write_sources(folder) if s.name == "adamw.cpp")
-    library = folder / "adamw.so"
-    command = [
-        COMPILER,
-        "-std=c++20",
-        "-O1",
-        "-fPIC",
-        "-shared",
-        "-Wl,-Bsymbolic",
-        "-ffp-contract=off",
-        "-Wno-attributes",
-    ]
-    command += ["-fsanitize=alignment", "-fno-sanitize-recover=all"]  # what the GPU refuses must not pass here
-    command += ["-I", str(HERE), "-I", str(folder), "-isystem", str(HEADERS)]
-    subprocess.run([*command, str(HERE / "entry_adamw.cpp"), str(source), "-o", str(library)], check=True)
-    return ctypes.CDLL(str(library))
+    return build(tmp_path_factory, "entry_adamw.cpp", ALIGNED, only="adamw.cpp")
 
 
 @pytest.fixture(params=[False, True], ids=["rising", "falling"])

@@ -1,10 +1,6 @@
 """The CUDA kernels' own text, run on a CPU: what a machine without a GPU can say about them (see cuda_on_cpu.h)."""
 
 import ctypes
-import os
-import shutil
-import subprocess
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,10 +9,10 @@ from qlora_engine import quantize
 from qlora_engine.ops import backend
 from qlora_engine.quantization.codebook import dynamic_map, midpoints, nf4_levels
 from qlora_engine.reference import scale_search
-from tests.emulation.translate import translate, write_sources
+from tests.emulation.build import ALIGNED, build, needs_compiler
+from tests.emulation.translate import translate
 from tests.numerics import RELATIVE_RMS, assert_close
 
-HERE = Path(__file__).parent
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]  # in the order of csrc/cuda/kernels.h
 BLOCKSIZES = [32, 64, 128, 256, 512, 1024, 2048, 4096]
 SIZES = [1, 2, 31, 64, 65, 255, 1024, 1025, 4097, 33_333]
@@ -24,39 +20,9 @@ SMALLEST_NORMAL = torch.finfo(torch.float32).tiny
 GUARD = 64
 
 
-def cuda_headers() -> Path | None:
-    """A folder with cuda_fp16.h."""
-    homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH")]
-    nvcc = shutil.which("nvcc")
-    homes += [Path(nvcc).resolve().parents[1] if nvcc else None, *sorted(Path("/usr/local").glob("cuda*"))]
-    includes = [Path(home) / "include" for home in homes if home]
-    return next((p for p in includes if (p / "cuda_fp16.h").exists()), None)
-
-
-HEADERS, COMPILER = cuda_headers(), shutil.which(os.environ.get("CXX", "g++"))
-needs_compiler = pytest.mark.skipif(not (HEADERS and COMPILER), reason="needs g++ and the CUDA toolkit's headers")
-
-
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("emulation")
-    sources = write_sources(folder)
-    library = folder / "kernels.so"
-    command = [
-        COMPILER,
-        "-std=c++20",
-        "-O1",
-        "-fPIC",
-        "-shared",
-        "-Wl,-Bsymbolic",
-        "-ffp-contract=off",
-        "-Wno-attributes",
-    ]
-    command += ["-fsanitize=alignment", "-fno-sanitize-recover=all"]  # what the GPU refuses must not pass here
-    command += ["-I", str(HERE), "-I", str(folder), "-isystem", str(HEADERS)]
-    command += [str(HERE / "entry.cpp"), *map(str, sources), "-o", str(library)]
-    subprocess.run(command, check=True)
-    return ctypes.CDLL(str(library))
+    return build(tmp_path_factory, "entry.cpp", ALIGNED)
 
 
 @pytest.fixture(params=[False, True], ids=["rising", "falling"])

@@ -1,15 +1,14 @@
 """The fused products for Hopper, their own text run on a CPU (see hopper_on_cpu.h)."""
 
 import ctypes
-import subprocess
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 from qlora_engine import quantize
-from tests.emulation.test_cuda_kernels_on_cpu import COMPILER, DTYPES, HEADERS, HERE, Weight, needs_compiler, pointer
-from tests.emulation.translate import write_sources
+from tests.emulation.build import build, needs_compiler
+from tests.emulation.test_cuda_kernels_on_cpu import DTYPES, Weight, pointer
 from tests.numerics import RELATIVE_RMS, assert_close
 
 pytestmark = needs_compiler
@@ -18,23 +17,7 @@ BF16 = DTYPES.index(torch.bfloat16)
 
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("emulation_sm90")
-    library = folder / "kernels.so"
-    command = [
-        COMPILER,
-        "-std=c++20",
-        "-O2",
-        "-fPIC",
-        "-shared",
-        "-Wl,-Bsymbolic",
-        "-ffp-contract=off",
-        "-Wno-attributes",
-        "-Wno-psabi",
-    ]
-    command += ["-I", str(HERE), "-I", str(folder), "-isystem", str(HEADERS)]
-    command += [str(HERE / "entry_sm90.cpp"), *map(str, write_sources(folder, hopper=True)), "-o", str(library)]
-    subprocess.run(command, check=True)
-    return ctypes.CDLL(str(library))
+    return build(tmp_path_factory, "entry_sm90.cpp", ["-O2", "-Wno-psabi"], hopper=True)
 
 
 @pytest.fixture(params=["at once", "late copies", "late products"])
