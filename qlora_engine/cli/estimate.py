@@ -17,7 +17,7 @@ EXAMPLE = """\
 # options of a run that decide its memory
 OPTIONS = ("r", "target_modules", "exclude_modules", "blocksize", "double_quant", "dtype", "max_length", "packing")
 OPTIONS += ("batch_size", "grad_accum", "optimizer", "optimizer_gpu_gib", "gradient_checkpointing", "activation_gib")
-OPTIONS += ("offload_activations", "liger", "cuda_graphs")
+OPTIONS += ("offload_activations", "liger", "cuda_graphs", "objective")
 SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(?:g|gb|gib)?", re.IGNORECASE)
 
 
@@ -86,6 +86,7 @@ def collect(model, options: FinetuneOptions, gpu: int | None) -> dict:
         "layers": len(model.layers),
         "adapter_parameters": sum(model.adapters),
         "batch_size": options.batch_size,
+        "sequences": options.sequences,
         "max_length": options.max_length,
         "bytes": dict(found.rows()),
         "total": found.total,
@@ -115,7 +116,7 @@ def as_text(report: dict) -> str:
     lines = [
         f"{model['name']}: {model['class']}, {model['parameters'] / 1e9:.2f} B parameters in {report['layers']} "
         f"layers, adapters of {report['adapter_parameters'] / 1e6:.1f} M",
-        f"{report['batch_size']} sequences of {report['max_length']} tokens a forward pass",
+        f"{report['sequences']} sequences of {report['max_length']} tokens a forward pass",
         "",
         *(f"{name:<26}{gib(size)}" for name, size in report["bytes"].items()),
         f"{'in all':<26}{gib(report['total'])}",

@@ -9,12 +9,14 @@ DESCRIPTION = """\
 Quantizes a model to NF4, trains LoRA adapters on it, and writes adapter and report into one folder.
 
 The data is .jsonl, .csv, .parquet or a saved `datasets` folder whose rows have `prompt` and `completion`, or
-`messages`, or `text`. Every option is also a key of the YAML file given with --config (with _ for -); flags win.
-Ctrl-C saves a checkpoint; --resume goes on with the same numbers. Under torchrun or accelerate launch it trains in
-several processes, each with its GPU; --sharding says whether they share one model."""
+`messages`, or `text`; with --objective dpo `prompt`, `chosen` and `rejected`. Every option is also a key of the YAML
+file given with --config (with _ for -); flags win. Ctrl-C saves a checkpoint; --resume goes on with the same numbers.
+Under torchrun or accelerate launch it trains in several processes, each with its GPU; --sharding says whether they
+share one model."""
 EXAMPLE = """\
   qlora finetune --model HuggingFaceTB/SmolLM2-135M-Instruct --data rows.jsonl --output run --r 16 --epochs 3
   qlora finetune --config run/options.yaml --resume
+  qlora finetune --model MODEL --data preferences.jsonl --objective dpo --beta 0.1 --learning-rate 5e-6
   torchrun --nproc-per-node 8 --no-python -- qlora finetune --model MODEL --data rows.jsonl --sharding full"""
 
 
@@ -48,6 +50,10 @@ def closing_text(result) -> str:
     lines = []
     if summary["eval_loss"]:
         lines.append(f"held-out loss    {summary['eval_loss']['before']:.4f} -> {summary['eval_loss']['after']:.4f}")
+    if summary.get("eval_rewards"):
+        before, after = (summary["eval_rewards"][when] for when in ("before", "after"))
+        lines.append(f"reward accuracy  {before['accuracies']:.1%} -> {after['accuracies']:.1%} of held-out pairs")
+        lines.append(f"reward margin    {before['margins']:.4f} -> {after['margins']:.4f}")
     if summary["train_loss"]:
         lines.append(f"training loss    {summary['train_loss']['first']:.4f} -> {summary['train_loss']['last']:.4f}")
     peaks = ", ".join(f"{name} {mib(value)}" for name, value in summary["peak_memory_bytes"].items())

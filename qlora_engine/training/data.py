@@ -1,23 +1,31 @@
 """Reads and validates training data: every row, before a model is loaded.
 
-Three formats, told apart by their columns; one file holds one of them:
+Formats, told apart by their columns; one file holds one of them:
 
 prompt, completion    text; the loss is on the completion
 messages              a conversation: [{"role": "user", "content": "..."}, {"role": "assistant", ...}]
 text                  text; the loss is on all of it
+chosen, rejected      two answers of which the first is preferred, for `--objective dpo`, and their `prompt`: text, or
+                      lists of messages; without `prompt` it is what both answers begin with
 """
 
 import csv
 import json
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from qlora_engine.training.errors import DataError
 
 FORMATS = {"prompt/completion": ("prompt", "completion"), "messages": ("messages",), "text": ("text",)}
+# of text and of messages; rows of both have `prompt`, `chosen` and `rejected` once they are read
+PREFERENCE, PREFERENCE_MESSAGES = "preference", "preference messages"
+PREFERENCES = (PREFERENCE, PREFERENCE_MESSAGES)
+ANSWERS = ("chosen", "rejected")
+CONVERSATIONS = ("messages", PREFERENCE_MESSAGES)  # rows that need the model's chat template
 EXPECTED = "expected `prompt` and `completion`, or `messages`, or `text`"
+EXPECTED_PREFERENCES = "expected `chosen` and `rejected`, and `prompt` unless they begin with it"
 ROLES = ("system", "developer", "user", "assistant", "tool")
 
 
@@ -26,7 +34,7 @@ class Rows:
     """Validated rows of one format.
 
     Attributes:
-        format: a key of FORMATS.
+        format: a key of FORMATS, or one of PREFERENCES.
         rows: dicts that hold the format's columns and no others.
         source: the file or folder they came from.
     """
@@ -45,26 +53,27 @@ class Rows:
         return datasets.Dataset.from_list(self.rows)
 
 
-def load_rows(path: str | Path) -> Rows:
+def load_rows(path: str | Path, preferences: bool = False) -> Rows:
     """Reads a data file or a saved `datasets` folder, checking every row.
 
     Args:
         path: .jsonl (or .json with one object a line), .csv, .parquet, or a folder written by
             `Dataset.save_to_disk` (a `DatasetDict` must have a split `train`).
+        preferences: whether the rows are preferences, whatever other columns they have; else of another format.
 
     Raises:
         DataError: naming the file, the line and the reason.
     """
     path = Path(path)
-    return _validate(path, _read(path, "train"))
+    return _validate(path, _read(path, "train"), preferences)
 
 
-def load_held_out(path: str | Path) -> Rows | None:
+def load_held_out(path: str | Path, preferences: bool = False) -> Rows | None:
     """The split `validation` or `test` of a saved `DatasetDict`; None where there is no such split."""
     path = Path(path)
     for split in ("validation", "test"):
         if (path / split).is_dir():
-            return _validate(path, _read(path, split))
+            return _validate(path, _read(path, split), preferences)
     return None
 
 
@@ -90,17 +99,20 @@ def split_rows(rows: Rows, fraction: float, max_rows: int, seed: int) -> tuple[R
 
 
 def as_chat(rows: Rows) -> Rows:
-    """Prompt/completion rows as one user turn and one assistant turn, for the model's chat template."""
-    if rows.format != "prompt/completion":
-        raise DataError(f"{rows.source} holds `{rows.format}` rows; --chat is for prompt/completion rows")
+    """Rows of a prompt and answers as one user turn and one assistant turn, for the model's chat template."""
+    if rows.format not in ("prompt/completion", PREFERENCE):
+        raise DataError(
+            f"{rows.source} holds `{rows.format}` rows; --chat is for rows of a prompt and answers in text"
+        )
     chat = [
-        {
-            "prompt": [{"role": "user", "content": row["prompt"]}],
-            "completion": [{"role": "assistant", "content": row["completion"].strip()}],
-        }
+        {name: [_turn(name, text if name == "prompt" else text.strip())] for name, text in row.items()}
         for row in rows.rows
     ]
-    return Rows(rows.format, chat, rows.source)
+    return Rows(PREFERENCE_MESSAGES if rows.format == PREFERENCE else rows.format, chat, rows.source)
+
+
+def _turn(column: str, text: str) -> dict:
+    return {"role": "user" if column == "prompt" else "assistant", "content": text}
 
 
 def _read(path: Path, split: str) -> Iterator[tuple[str, object]]:
@@ -187,76 +199,154 @@ def _read_saved(path: Path, split: str):
         yield f"row {number}", row
 
 
-def _validate(path: Path, located_rows) -> Rows:
+def _validate(path: Path, located_rows, preferences: bool) -> Rows:
     kind, first, rows = None, None, []
+    expected = EXPECTED_PREFERENCES if preferences else EXPECTED
     for where, row in located_rows:
         if not isinstance(row, dict):
-            raise DataError(f"{path}, {where}: a {_json_name(row)}; expected a JSON object, {EXPECTED}")
-        row_kind = _format_of(path, where, row)
-        if kind is None:
-            kind, first = row_kind, where
-        elif row_kind != kind:
-            raise DataError(
-                f"{path}, {where}: a `{row_kind}` row in a file that began with `{kind}` ({first}); "
-                "expected one format a file"
-            )
-        for column in FORMATS[kind]:
-            problem = _problem(column, row[column])
-            if problem:
-                raise DataError(f"{path}, {where}: `{column}` {problem}")
-        rows.append(_clean(kind, row))
+            raise DataError(f"{path}, {where}: a {_json_name(row)}; expected a JSON object, {expected}")
+        try:
+            row_kind = _preference_kind(row) if preferences else _kind(row)
+            if kind is None:
+                kind, first = row_kind, where
+            elif row_kind != kind:
+                raise ValueError(
+                    f"a `{row_kind}` row in a file that began with `{kind}` ({first}); expected one format a file"
+                )
+            rows.append(_CLEAN[kind](row))
+        except ValueError as error:
+            raise DataError(f"{path}, {where}: {error}") from None
     if not rows:
-        raise DataError(f"{path} holds no rows; {EXPECTED}")
+        raise DataError(f"{path} holds no rows; {expected}")
     return Rows(kind, rows, str(path))
 
 
-def _format_of(path: Path, where: str, row: dict) -> str:
+def _kind(row: dict) -> str:
     # a column that is null is a column that is not there: Parquet and Arrow fill in what a row lacks
     present = {key for key, value in row.items() if value is not None}
     kinds = [kind for kind, columns in FORMATS.items() if set(columns) <= present]
     if len(kinds) > 1:
-        raise DataError(f"{path}, {where}: columns of several formats ({' and '.join(kinds)}); expected one")
+        raise ValueError(f"columns of several formats ({' and '.join(kinds)}); expected one")
     if not kinds:
+        if present.issuperset(ANSWERS):
+            raise ValueError("`chosen` and `rejected` are preferences; pass --objective dpo to learn from them")
         half = {"prompt": "completion", "completion": "prompt"}
         for column, other in half.items():
             if column in row:
-                raise DataError(f"{path}, {where}: `{column}` without `{other}`; {EXPECTED}")
-        names = ", ".join(sorted(map(str, row))) or "none"
-        raise DataError(f"{path}, {where}: the columns are {names}; {EXPECTED}")
+                raise ValueError(f"`{column}` without `{other}`; {EXPECTED}")
+        raise ValueError(f"the columns are {_names(row)}; {EXPECTED}")
     return kinds[0]
 
 
-def _problem(column: str, value) -> str | None:
-    if column == "messages":
-        return _conversation_problem(value)
-    if not isinstance(value, str):
-        return f"is a {_json_name(value)}; expected text"
-    # an empty prompt is a legitimate beginning; an empty completion or text teaches nothing
-    if column != "prompt" and not value.strip():
-        return "is empty"
-    return None
+def _preference_kind(row: dict) -> str:
+    missing = [column for column in ANSWERS if row.get(column) is None]
+    if missing:
+        raise ValueError(
+            f"there is no `{'` and no `'.join(missing)}`: the columns are {_names(row)}; {EXPECTED_PREFERENCES}"
+        )
+    kinds = {isinstance(row[column], str) for column in ANSWERS}
+    if len(kinds) > 1:
+        raise ValueError("one of `chosen` and `rejected` is text and the other is not; expected both of one kind")
+    return PREFERENCE if kinds.pop() else PREFERENCE_MESSAGES
 
 
-def _conversation_problem(messages) -> str | None:
-    if not isinstance(messages, list) or not messages:
-        return f"is {'empty' if messages == [] else 'a ' + _json_name(messages)}; expected a list of messages"
-    for number, message in enumerate(messages, 1):
-        if not isinstance(message, dict):
-            return f"has a {_json_name(message)} as message {number}; expected an object with `role` and `content`"
-        if message.get("role") not in ROLES:
-            return f"message {number} has the role {message.get('role')!r}; expected one of {', '.join(ROLES)}"
-        if not isinstance(message.get("content"), str):
-            return f"message {number} has no text in `content`"
+def common_length(one: Sequence, other: Sequence) -> int:
+    """How many items two sequences begin with alike."""
+    return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
+
+
+def _names(row: dict) -> str:
+    return ", ".join(sorted(map(str, row))) or "none"
+
+
+def _clean_text(*columns: str):
+    """What checks text columns and leaves out all others."""
+
+    def clean(row: dict) -> dict:
+        for column in columns:
+            value = row[column]
+            if not isinstance(value, str):
+                raise ValueError(f"`{column}` is a {_json_name(value)}; expected text")
+            # an empty prompt is a legitimate beginning; an empty answer or text teaches nothing
+            if column != "prompt" and not value.strip():
+                raise ValueError(f"`{column}` is empty")
+        return {column: row[column] for column in columns}
+
+    return clean
+
+
+def _clean_messages(row: dict) -> dict:
+    messages = _conversation("messages", row["messages"])
     if not any(message["role"] == "assistant" for message in messages):
-        return "has no message of the assistant; there is nothing to learn"
-    return None
+        raise ValueError("`messages` has no message of the assistant; there is nothing to learn")
+    return {"messages": messages}
 
 
-def _clean(kind: str, row: dict) -> dict:
-    if kind == "messages":
-        keep = ("role", "content")
-        return {"messages": [{key: message[key] for key in keep} for message in row["messages"]]}
-    return {column: row[column] for column in FORMATS[kind]}
+def _conversation(column: str, messages) -> list[dict]:
+    """Checked messages, of their role and content alone."""
+    problem = None
+    if not isinstance(messages, list) or not messages:
+        problem = f"is {'empty' if messages == [] else 'a ' + _json_name(messages)}; expected a list of messages"
+    for number, message in enumerate(messages if problem is None else (), 1):
+        if not isinstance(message, dict):
+            problem = f"has a {_json_name(message)} as message {number}; expected an object with `role` and `content`"
+        elif message.get("role") not in ROLES:
+            expected = ", ".join(ROLES)
+            problem = f"message {number} has the role {message.get('role')!r}; expected one of {expected}"
+        elif not isinstance(message.get("content"), str):
+            problem = f"message {number} has no text in `content`"
+        if problem:
+            break
+    if problem:
+        raise ValueError(f"`{column}` {problem}")
+    return [{key: message[key] for key in ("role", "content")} for message in messages]
+
+
+def _clean_preference(row: dict) -> dict:
+    """Text of a prompt and two answers; a missing prompt is the whole words that both answers begin with."""
+    row = _clean_text(*ANSWERS, *(["prompt"] if row.get("prompt") is not None else []))(row)
+    if "prompt" not in row:
+        common = row["chosen"][: common_length(row["chosen"], row["rejected"])]
+        end = max((i for i, letter in enumerate(common) if letter.isspace()), default=0)
+        row = {"prompt": common[:end]} | {column: row[column][end:] for column in ANSWERS}
+        if not row["prompt"].strip() or not all(row[column].strip() for column in ANSWERS):
+            raise ValueError(
+                "there is no `prompt`, and `chosen` and `rejected` do not begin with one and go on alone"
+            )
+    return {column: row[column] for column in ("prompt", *ANSWERS)}
+
+
+def _clean_preference_messages(row: dict) -> dict:
+    """Messages of a prompt and of two answers; answers that repeat the prompt begin behind it."""
+    chosen, rejected = (_conversation(column, row[column]) for column in ANSWERS)
+    prompt = row.get("prompt")
+    if isinstance(prompt, list):
+        prompt = _conversation("prompt", prompt)
+        shared = len(prompt) if chosen[: len(prompt)] == rejected[: len(prompt)] == prompt else 0
+    else:
+        shared = common_length(chosen[:-1], rejected[:-1])  # of equal answers the last message is the answer
+        if shared:
+            prompt = chosen[:shared]  # a `prompt` in text beside such lists is the same once more
+        elif isinstance(prompt, str):
+            prompt = [_turn("prompt", prompt)]
+        else:
+            raise ValueError("there is no `prompt`, and `chosen` and `rejected` begin with no message in common")
+    found = {"prompt": prompt, "chosen": chosen[shared:], "rejected": rejected[shared:]}
+    for column in ANSWERS:
+        if not found[column] or found[column][0]["role"] != "assistant":
+            raise ValueError(f"`{column}` does not go on with a message of the assistant behind the prompt")
+        if not found[column][-1]["content"].strip():
+            raise ValueError(f"`{column}` is empty")
+    return found
+
+
+_CLEAN = {
+    "prompt/completion": _clean_text("prompt", "completion"),
+    "messages": _clean_messages,
+    "text": _clean_text("text"),
+    PREFERENCE: _clean_preference,
+    PREFERENCE_MESSAGES: _clean_preference_messages,
+}
 
 
 def _json_name(value) -> str:

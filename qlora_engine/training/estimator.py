@@ -112,7 +112,7 @@ def step_of(model: Architecture, options: FinetuneOptions) -> activation_memory.
         UsageError: as in `estimate`.
     """
     # packed sequences are one row, whose attention takes a mask
-    batch, length = options.batch_size, options.max_length
+    batch, length = options.sequences, options.max_length
     step = activation_memory.Step(
         batch=1 if options.packing else batch,
         length=batch * length if options.packing else length,

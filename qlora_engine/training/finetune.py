@@ -15,7 +15,7 @@ from qlora_engine.models.files import atomic_write
 from qlora_engine.training import checkpoints, data, memory, parallel
 from qlora_engine.training.device import choose_device, choose_dtype, see_one_gpu
 from qlora_engine.training.errors import DataError, Interrupted, OptionError, out_of_memory_as_usage_error
-from qlora_engine.training.options import LORA, FinetuneOptions
+from qlora_engine.training.options import DPO, LORA, FinetuneOptions
 from qlora_engine.training.source import resolve_model
 
 MEMORY_ADVICE = "Lower --batch-size (and raise --grad-accum) or --max-length; or pass --gradient-checkpointing full"
@@ -88,7 +88,7 @@ def finetune(options: FinetuneOptions) -> FinetuneResult:
     with out_of_memory_as_usage_error(f"The model needs {need}"):
         model, tokenizer = load_model(options, folder, device, dtype, ranks.first)
     loaded = time.perf_counter()
-    if options.chat or train_rows.format == "messages":
+    if options.chat or train_rows.format in data.CONVERSATIONS:
         sampling.check_chat_template(tokenizer)
     if options.chat:
         train_rows, held_out = data.as_chat(train_rows), held_out and data.as_chat(held_out)
@@ -102,8 +102,8 @@ def finetune(options: FinetuneOptions) -> FinetuneResult:
     advice = functools.partial(memory_advice, options, folder, device)
     with contextlib.ExitStack() as stack:
         stack.enter_context(out_of_memory_as_usage_error(advice))
-        stop = stack.enter_context(trainer.stop_on_interrupt())
         loop = build_trainer(options, model, tokenizer, train_rows, held_out, device, dtype, ranks)
+        stop = stack.enter_context(trainer.stop_on_interrupt())  # from here on there is a step to stop after
         stack.enter_context(parallel.end_with_peers(ranks, _resume_advice(output)))
         bar = (trainer.ProgressBar(metrics, str(device)),) if ranks.first else ()
         for callback in (metrics, *bar, trainer.StopCallback(stop, ranks)):
@@ -171,14 +171,18 @@ def load_data(options: FinetuneOptions) -> tuple[data.Rows, data.Rows | None]:
         OptionError: where an option is for rows of another format.
         DataError: where the data cannot be read.
     """
-    rows = data.load_rows(options.data)
+    preferences = options.objective == DPO
+    rows = data.load_rows(options.data, preferences)
     for name, wanted, formats in (
-        ("--chat", options.chat, ("prompt/completion",)),
+        ("--chat", options.chat, ("prompt/completion", data.PREFERENCE)),
         ("--assistant-only", options.assistant_only, ("messages",)),
     ):
         if wanted and rows.format not in formats:
             raise OptionError(f"{name} is for {' or '.join(formats)} rows; {options.data} holds `{rows.format}` rows")
-    held_out = data.load_rows(options.eval_data) if options.eval_data else data.load_held_out(options.data)
+    if options.eval_data:
+        held_out = data.load_rows(options.eval_data, preferences)
+    else:
+        held_out = data.load_held_out(options.data, preferences)
     if held_out is None:
         if options.eval_fraction == 0:
             return rows, None

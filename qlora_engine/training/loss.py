@@ -3,7 +3,7 @@
 With 128,256 words the logits of 8,192 tokens take 2 GiB in 16 bits and 4 GiB in the float32 that cross-entropy wants.
 Here CHUNK_BYTES of them exist at a time, are overwritten with their gradient, and give the gradient of the hidden
 states at once (the idea is that of Liger-Kernel's fused linear cross-entropy). Nothing waits for the GPU, so a step
-can be captured into a CUDA graph.
+can be captured into a CUDA graph. Losses are summed, or given row by row for objectives that weigh them afterwards.
 """
 
 from typing import NamedTuple
@@ -58,65 +58,90 @@ def _rows(logits: torch.Tensor):
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
-    """`apply(hidden, weight, labels, chunk_rows)`: the sum of the losses, float32 [], and correct, int32 [M]."""
+    """`apply(hidden, weight, labels, chunk_rows, summed)`: losses, float32 [M], or their sum; correct, int32 [M].
+
+    A row's gradient is made in forward for a factor of 1, and scaled in backward. The weight's is a sum over rows:
+    made in forward as well where all rows will have one factor, else in backward from logits computed again.
+    """
 
     @staticmethod
-    def forward(ctx, hidden, weight, labels, chunk_rows):
+    def forward(ctx, hidden, weight, labels, chunk_rows, summed):
         M, dtype = hidden.shape[0], compute_dtype(hidden)
         wide, matrix = hidden.to(dtype), weight.to(dtype)
         needs_hidden, needs_weight = ctx.needs_input_grad[:2]
+        at_once = needs_weight and summed
         losses = torch.empty(M, dtype=torch.float32, device=hidden.device)
         correct = torch.empty(M, dtype=torch.int32, device=hidden.device)
         grad_hidden = torch.empty_like(wide) if needs_hidden else None
         grad_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device) if needs_weight else None
-        storage = wide.new_empty(min(chunk_rows, M), weight.shape[0])
-        rows_of = _rows(storage)
-        for first in range(0, M, chunk_rows):
-            rows = slice(first, min(first + chunk_rows, M))
-            logits = storage[: rows.stop - first]
-            torch.mm(wide[rows], matrix.T, out=logits)
-            rows_of(logits, labels[rows], losses[rows], correct[rows], IGNORED, needs_hidden or needs_weight)
+        for rows, logits in _chunks_of_logits(wide, matrix, chunk_rows):
+            _rows(logits)(logits, labels[rows], losses[rows], correct[rows], IGNORED, needs_hidden or at_once)
             if needs_hidden:
                 torch.mm(logits, matrix, out=grad_hidden[rows])
-            if needs_weight:
+            if at_once:
                 grad_weight += logits.T @ wide[rows]
         ctx.grads = grad_hidden, grad_weight
+        ctx.again = (wide, matrix, labels, chunk_rows) if needs_weight and not summed else None
         ctx.dtypes = hidden.dtype, weight.dtype
         ctx.mark_non_differentiable(correct)
-        return losses.sum(), correct
+        return losses.sum() if summed else losses, correct
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad, _):
         if ctx.grads is None:
             raise RuntimeError("the chunked loss keeps its gradients for one backward pass; compute it again")
-        grads, ctx.grads = ctx.grads, None
-        scaled = [
-            None if one is None else one.mul_(grad.to(one.dtype)).to(dtype)
-            for one, dtype in zip(grads, ctx.dtypes, strict=True)
-        ]
-        return *scaled, None, None
+        (grad_hidden, grad_weight), ctx.grads = ctx.grads, None
+        factors = grad.reshape(-1, 1)  # float32, of every row or one for all
+        if grad_hidden is not None:
+            grad_hidden = grad_hidden.mul_(factors).to(ctx.dtypes[0])
+        if ctx.again is not None:
+            wide, matrix, labels, chunk_rows = ctx.again
+            losses, correct = torch.empty_like(grad), torch.empty_like(grad, dtype=torch.int32)
+            for rows, logits in _chunks_of_logits(wide, matrix, chunk_rows):
+                _rows(logits)(logits, labels[rows], losses[rows], correct[rows], IGNORED, True)
+                grad_weight += logits.mul_(factors[rows]).T @ wide[rows]
+        elif grad_weight is not None:
+            grad_weight.mul_(grad)
+        return grad_hidden, grad_weight if grad_weight is None else grad_weight.to(ctx.dtypes[1]), None, None, None
+
+
+def _chunks_of_logits(hidden: torch.Tensor, weight: torch.Tensor, chunk_rows: int):
+    """(rows, their logits) one after another, in memory that all of them share."""
+    M = hidden.shape[0]
+    storage = hidden.new_empty(min(chunk_rows, M), weight.shape[0])
+    for first in range(0, M, chunk_rows):
+        rows = slice(first, min(first + chunk_rows, M))
+        yield rows, torch.mm(hidden[rows], weight.T, out=storage[: rows.stop - first])
 
 
 def linear_cross_entropy(
-    hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, chunk_rows: int | None = None
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    labels: torch.Tensor,
+    chunk_rows: int | None = None,
+    *,
+    reduction: str = "sum",
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Sum of the cross-entropies of `hidden @ weight.T`, whose `[M, V]` logits are never whole in memory.
+    """Cross-entropies of `hidden @ weight.T`, whose `[M, V]` logits are never whole in memory.
 
     Products accumulate in float32 and are rounded to the compute dtype; softmax and losses are float32. The gradients
-    are made in forward and serve one backward pass.
+    are made in forward and serve one backward pass. With "none" each row's loss may have a factor of its own in what
+    is minimised, which need not be known before backward; a trained weight then takes one more product there.
 
     Args:
         hidden: float16, bfloat16 or float32 `[M, H]`.
         weight: `[V, H]`, in the compute dtype or rounded to it.
         labels: int64 `[M]`; rows with -100 do not count.
         chunk_rows: rows at a time; default: `rows_at_a_time`.
+        reduction: "sum", or "none" for the losses of the rows.
 
     Returns:
-        The sum, float32 `[]`, and int32 `[M]`: 1 where no logit is above the label's.
+        The sum, float32 `[]`, or the losses, float32 `[M]`, 0 where a row does not count; and int32 `[M]`: 1 where no
+        logit is above the label's.
 
     Raises:
-        ValueError: where the shapes do not fit.
+        ValueError: where the shapes do not fit, or the reduction is another.
 
     >>> hidden, weight = torch.randn(6, 8, requires_grad=True), torch.randn(32, 8)
     >>> total, correct = linear_cross_entropy(hidden, weight, torch.arange(6), chunk_rows=4)
@@ -133,9 +158,11 @@ def linear_cross_entropy(
             f"hidden is {list(hidden.shape)}, weight {list(weight.shape)}, labels {list(labels.shape)}; expected "
             "[M, H], [V, H] and [M]"
         )
+    if reduction not in ("sum", "none"):
+        raise ValueError(f"reduction is {reduction!r}; expected 'sum' or 'none'")
     if chunk_rows is None:
         chunk_rows = rows_at_a_time(hidden.shape[0], weight.shape[0] * compute_dtype(hidden).itemsize)
-    return _LinearCrossEntropy.apply(hidden, weight, labels, chunk_rows)
+    return _LinearCrossEntropy.apply(hidden, weight, labels, chunk_rows, reduction == "sum")
 
 
 def rows_at_a_time(rows: int, row_bytes: int) -> int:
@@ -168,13 +195,29 @@ def causal_lm_loss(
         num_items: what the sum is divided by; default: the number of tokens that count.
         inputs: further arguments of the model, such as `attention_mask`.
     """
-    hidden = decoder_of(model)(input_ids=input_ids, use_cache=False, **inputs).last_hidden_state
-    shifted = nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORED).reshape(-1)
-    head = model.get_output_embeddings()
-    total, correct = linear_cross_entropy(hidden.reshape(-1, hidden.shape[-1]), head.weight, shifted)
+    total, correct, shifted = _next_token_losses(model, input_ids, labels, inputs, "sum")
     count = (shifted != IGNORED).sum()
     items = count if num_items is None else torch.as_tensor(num_items)
     return CausalLoss(total / items.clamp(min=1), correct.sum(), count)
+
+
+def sequence_log_probs(model: nn.Module, input_ids: torch.Tensor, labels: torch.Tensor, **inputs) -> torch.Tensor:
+    """Log-probability of what is labelled in each sequence, given what is before it: float32 `[B]`, with a graph.
+
+    Args:
+        model, input_ids, labels, inputs: as in `causal_lm_loss`.
+    """
+    losses, _, _ = _next_token_losses(model, input_ids, labels, inputs, "none")
+    return -losses.reshape(input_ids.shape).sum(1)
+
+
+def _next_token_losses(model, input_ids, labels, inputs, reduction):
+    """(sum or losses, correct, the labels that the positions predict), all but the sum of [B * T]."""
+    hidden = decoder_of(model)(input_ids=input_ids, use_cache=False, **inputs).last_hidden_state
+    shifted = nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORED).reshape(-1)
+    weight = model.get_output_embeddings().weight
+    losses, correct = linear_cross_entropy(hidden.reshape(-1, hidden.shape[-1]), weight, shifted, reduction=reduction)
+    return losses, correct, shifted
 
 
 def decoder_of(model: nn.Module) -> nn.Module:

@@ -79,6 +79,7 @@ def choose(trainer) -> None:
         rows = trainer.get_train_dataloader()
         batches = itertools.islice(rows, -(-SAMPLES // trainer.args.per_device_train_batch_size))
         with as_usage_error():
+            batches = [trainer.objective.as_model_inputs(batch) for batch in batches]
             method.select([{name: t.to(trainer.args.device) for name, t in batch.items()} for batch in batches])
 
 

@@ -23,6 +23,8 @@ def option(default, help: str, *, choices: tuple[str, ...] = (), minimum=None, a
 
 
 LORA = "lora"  # the method that `--r` and its like belong to
+LM, DPO = "lm", "dpo"  # objectives
+PREFERENCE_OPTIONS = ("beta", "loss_type", "label_smoothing", "sft_weight")
 
 
 @dataclass
@@ -45,6 +47,16 @@ class FinetuneOptions:
     dtype: str = option(
         "auto", "compute dtype (auto: bf16 on a GPU, fp32 on a CPU)", choices=("auto", "fp32", "bf16", "fp16")
     )
+    # objective
+    objective: str = option(
+        LM, "lm: the next token; dpo: the preferred of two answers: docs/preferences.md", choices=(LM, DPO)
+    )
+    beta: float = option(0.1, "dpo: how strongly the model is held to the base it came from", above=0)
+    loss_type: str = option("sigmoid", "dpo: that of DPO, or of IPO", choices=("sigmoid", "ipo"))
+    label_smoothing: float = option(
+        0.0, "dpo: probability that a pair is the wrong way around", minimum=0, maximum=0.49
+    )
+    sft_weight: float = option(0.0, "dpo: weight of the chosen answer's next-token loss, which is added", minimum=0)
     # adapter
     method: str = option(LORA, "lora, or another method: docs/methods.md")
     method_options: list[str] = option([], "settings of another method than lora, as name=value: docs/methods.md")
@@ -67,13 +79,13 @@ class FinetuneOptions:
     # data
     max_length: int = option(1024, "tokens a sequence is cut to", minimum=8)
     packing: bool = option(False, "put several examples in one sequence (they do not see each other)")
-    chat: bool = option(False, "wrap prompt/completion rows in the model's chat template")
+    chat: bool = option(False, "wrap rows of a prompt and answers in the model's chat template")
     completion_only: bool = option(True, "prompt/completion rows: loss on the completion alone")
     assistant_only: bool = option(False, "messages rows: loss on the assistant's turns alone")
     # training
     epochs: float = option(1.0, "passes over the data", above=0)
     max_steps: int = option(0, "optimizer steps; 0: as many as the epochs need", minimum=0)
-    batch_size: int = option(8, "sequences a forward pass", minimum=1)
+    batch_size: int = option(8, "sequences a forward pass; dpo: pairs of them", minimum=1)
     grad_accum: int = option(1, "forward passes an optimizer step", minimum=1)
     learning_rate: float = option(2e-4, "peak learning rate", above=0)
     lr_schedule: str = option("linear", "learning rate after the warm-up", choices=("linear", "cosine", "constant"))
@@ -149,9 +161,32 @@ class FinetuneOptions:
         if self.cuda_graphs and (self.packing or self.offload_activations):
             other = "--packing" if self.packing else "--offload-activations"
             raise OptionError(f"--cuda-graphs cannot capture what {other} does; leave one of them out")
+        self._check_objective()
         if self.resume and self.overwrite:
             raise OptionError("--resume and --overwrite contradict each other; pass one of them")
         return self
+
+    def _check_objective(self) -> None:
+        if self.objective == LM:
+            for spec in dataclasses.fields(self):
+                if spec.name in PREFERENCE_OPTIONS and getattr(self, spec.name) != spec.default:
+                    raise OptionError(f"{flag(spec.name)} is for {flag('objective')} {DPO}, which was not asked for")
+            return
+        for name, given, why in (
+            ("--packing", self.packing, "a pair of sequences stays one"),
+            ("--assistant-only", self.assistant_only, "the loss is on the answers anyway"),
+            ("--no-completion-only", not self.completion_only, "the loss is on the answers alone"),
+            ("--cuda-graphs", self.cuda_graphs, "the loss of pairs is not captured"),
+        ):
+            if given:
+                raise OptionError(f"{name} does not go with --objective {DPO}: {why}; leave it out")
+        if self.loss_type == "ipo" and self.label_smoothing:
+            raise OptionError("--label-smoothing is for --loss-type sigmoid; leave one of them out")
+
+    @property
+    def sequences(self) -> int:
+        """Sequences of a forward pass."""
+        return self.batch_size * (2 if self.objective == DPO else 1)
 
     def to_yaml(self) -> str:
         """The options as the YAML file that `--config` reads; `resume` and `overwrite` are not part of a run."""

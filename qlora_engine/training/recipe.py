@@ -18,8 +18,10 @@ from qlora_engine.training.data import Rows
 from qlora_engine.training.errors import DataError, UsageError, as_usage_error
 from qlora_engine.training.memory import GIB
 from qlora_engine.training.methods import apply_method, method_config
-from qlora_engine.training.options import FinetuneOptions, recomputation_policy
+from qlora_engine.training.objective import NextToken, Objective
+from qlora_engine.training.options import DPO, FinetuneOptions, recomputation_policy
 from qlora_engine.training.parallel import Ranks, training_arguments
+from qlora_engine.training.preferences import Preferences
 from qlora_engine.training.trainer import QLoRATrainer
 
 
@@ -85,6 +87,11 @@ def _optimizer(options: FinetuneOptions) -> tuple[type[torch.optim.Optimizer], d
     return PagedAdamW, arguments | {"bits": 8 if options.optimizer.endswith("8bit") else 32, "master_weights": True}
 
 
+def build_objective(options: FinetuneOptions, tokenizer) -> Objective:
+    """What `--objective` names."""
+    return Preferences(options, tokenizer) if options.objective == DPO else NextToken(options)
+
+
 def build_trainer(
     options: FinetuneOptions,
     model: torch.nn.Module,
@@ -94,8 +101,12 @@ def build_trainer(
     device: torch.device,
     dtype: torch.dtype,
     ranks: Ranks | None = None,
+    keep: Path | None = None,
 ) -> QLoRATrainer:
-    """The trainer of a run; building it tokenizes the data.
+    """The trainer of a run; building it tokenizes the data, and computes what the objective needs of the base.
+
+    Args:
+        keep: folder where the latter is kept, for runs on the same data and base; default: the run's.
 
     Raises:
         UsageError: where the data do not fit the tokenizer or the length.
@@ -110,11 +121,6 @@ def build_trainer(
         "use_cpu": not on_gpu,
         "bf16": dtype == torch.bfloat16,
         "fp16": dtype == torch.float16,
-        "max_length": options.max_length,
-        "packing": options.packing,
-        "eval_packing": False,  # so that the held-out loss does not depend on it
-        "completion_only_loss": options.completion_only and train_rows.format == "prompt/completion",
-        "assistant_only_loss": options.assistant_only,
         "num_train_epochs": options.epochs,
         "max_steps": options.max_steps or -1,
         "per_device_train_batch_size": options.batch_size,
@@ -139,18 +145,19 @@ def build_trainer(
         "disable_tqdm": True,
         "report_to": "none",
     }
-    ranks = ranks or Ranks()
-    settings |= training_arguments(ranks, on_gpu)
+    ranks, objective = ranks or Ranks(), build_objective(options, tokenizer)
+    settings |= objective.settings(train_rows) | training_arguments(ranks, on_gpu)
     with warnings.catch_warnings():
         # transformers 5.23 renamed gradient_checkpointing; TRL 1.16 still speaks the old name
         warnings.simplefilter("ignore", FutureWarning)
         arguments = SFTConfig(**settings)
     with as_usage_error():
         trainer = QLoRATrainer(
+            objective=objective,
             model=model,
             args=arguments,
-            train_dataset=train_rows.dataset(),
-            eval_dataset=held_out.dataset() if held_out else None,
+            train_dataset=objective.dataset(train_rows),
+            eval_dataset=objective.dataset(held_out) if held_out else None,
             processing_class=tokenizer,
             optimizer_cls_and_kwargs=_optimizer(options),
             lora_plus=options.lora_plus,
@@ -164,4 +171,5 @@ def build_trainer(
                 f"no {name} row is left: within --max-length {options.max_length} every prompt fills the whole "
                 "sequence; raise it"
             )
+    objective.prepare(trainer, keep or Path(options.output))
     return trainer

@@ -6,7 +6,8 @@ from pathlib import Path
 
 from qlora_engine.models.files import atomic_files
 from qlora_engine.training.memory import GIB
-from qlora_engine.training.options import LORA
+from qlora_engine.training.objective import REWARDS
+from qlora_engine.training.options import DPO, LORA, PREFERENCE_OPTIONS
 
 MIB = 2**20
 
@@ -15,7 +16,7 @@ def summarize(*, options, metrics, sizes, method, adapter_bytes, rows, peak, sec
     """The figures of a run, as JSON types; bytes and seconds are plain numbers."""
     train_rows, held_out = rows
     losses = [record["loss"] for record in metrics.records if "loss" in record]
-    evals = [record["eval_loss"] for record in metrics.records if "eval_loss" in record]
+    evals = [record for record in metrics.records if "eval_loss" in record]
     adapter = {"method": options.method}
     if method is None:
         adapter |= {"r": options.r, "alpha": options.alpha, "target_modules": options.target_modules}
@@ -24,8 +25,9 @@ def summarize(*, options, metrics, sizes, method, adapter_bytes, rows, peak, sec
         found = method.report()
         adapter |= {"options": options.method_options, "notes": found.notes}
         adapter |= {"trainable_parameters": found.trainable, "peft_format": method.to_peft() is not None}
-    return {
+    summary = {
         "model": options.model,
+        "objective": options.objective,
         "data": {
             "source": options.data,
             "format": train_rows.format,
@@ -41,12 +43,21 @@ def summarize(*, options, metrics, sizes, method, adapter_bytes, rows, peak, sec
         "tokens": metrics.tokens,
         "tokens_per_second": round(metrics.tokens_per_second, 1),
         "train_loss": {"first": losses[0], "last": losses[-1]} if losses else None,
-        "eval_loss": {"before": evals[0], "after": evals[-1]} if evals else None,
+        "eval_loss": {"before": evals[0]["eval_loss"], "after": evals[-1]["eval_loss"]} if evals else None,
         "device": _device_name(device),
         "dtype": str(dtype).removeprefix("torch."),
         "seed": options.seed,
         "versions": {name: importlib.metadata.version(name) for name in ("torch", "transformers", "trl")},
     }
+    if options.objective == DPO:
+        summary["preferences"] = {name: getattr(options, name) for name in PREFERENCE_OPTIONS}
+        summary["eval_rewards"] = {"before": rewards_of(evals[0]), "after": rewards_of(evals[-1])} if evals else None
+    return summary
+
+
+def rewards_of(record: dict) -> dict:
+    """Held-out rewards in a record of metrics.jsonl, by the last part of their names."""
+    return {name.removeprefix("rewards/"): record[f"eval_{name}"] for name in REWARDS}
 
 
 def pair_samples(prompts, before: list[str], after: list[str]) -> list[dict]:
@@ -68,36 +79,45 @@ def write(output: Path, summary: dict, records: list[dict], samples: list[dict])
 
 
 def draw_losses(records: list[dict], path: Path, title: str) -> None:
-    """Training loss of each step, its running mean, and the held-out loss, against steps, as a PNG."""
+    """Loss against steps, in training and held out, as a PNG; margins and accuracy below it where there are any."""
     # no pyplot: that would need a display, or change the caller's backend
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
-    figure = Figure(figsize=(8, 4.8), dpi=150, layout="constrained")
+    _, _, margins, accuracies = REWARDS
+    panels = [("loss", "loss (nats per token)")]
+    if any(margins in record for record in records):
+        panels = [("loss", "loss"), (margins, "reward margin"), (accuracies, "reward accuracy")]
+    figure = Figure(figsize=(8, 4.8 + 3 * (len(panels) - 1)), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.subplots()
-    steps = [record["step"] for record in records if "loss" in record]
-    losses = [record["loss"] for record in records if "loss" in record]
+    for axes, (name, label) in zip(figure.subplots(len(panels), squeeze=False)[:, 0], panels, strict=True):
+        _draw(axes, records, name)
+        axes.set_ylabel(label)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.margins(y=0.12)
+        axes.grid(alpha=0.3)
+        axes.legend(frameon=False)
+    figure.axes[0].set_title(title)
+    figure.axes[-1].set_xlabel("optimizer step")
+    figure.savefig(path)
+
+
+def _draw(axes, records: list[dict], name: str) -> None:
+    """A figure of each training step, its running mean, and the held-out one."""
+    steps = [record["step"] for record in records if name in record]
+    values = [record[name] for record in records if name in record]
     if steps:
-        axes.plot(steps, losses, color="#9ecae1", linewidth=1.2, label="training, each step")
-        window = max(1, len(losses) // 10)
+        axes.plot(steps, values, color="#9ecae1", linewidth=1.2, label="training, each step")
+        window = max(1, len(values) // 10)
         if window > 1:
-            means = [sum(losses[max(0, i - window + 1) : i + 1]) / min(window, i + 1) for i in range(len(losses))]
+            means = [sum(values[max(0, i - window + 1) : i + 1]) / min(window, i + 1) for i in range(len(values))]
             axes.plot(steps, means, color="#2171b5", linewidth=2, label=f"training, mean of {window} steps")
-    evals = [(record["step"], record["eval_loss"]) for record in records if "eval_loss" in record]
+    evals = [(record["step"], record[f"eval_{name}"]) for record in records if f"eval_{name}" in record]
     if evals:
         axes.plot(*zip(*evals, strict=True), color="#d94801", marker="o", linewidth=2, label="held out")
-        for step, loss in (evals[0], evals[-1]):
-            axes.annotate(f"{loss:.2f}", (step, loss), xytext=(0, 8), textcoords="offset points", ha="center")
-    axes.set_xlabel("optimizer step")
-    axes.set_ylabel("loss (nats per token)")
-    axes.set_title(title)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.margins(y=0.12)
-    axes.grid(alpha=0.3)
-    axes.legend(frameon=False)
-    figure.savefig(path)
+        for step, value in (evals[0], evals[-1]):
+            axes.annotate(f"{value:.2f}", (step, value), xytext=(0, 8), textcoords="offset points", ha="center")
 
 
 def samples_text(samples: list[dict]) -> str:
@@ -133,6 +153,11 @@ def card_text(summary: dict, output: Path) -> str:
     ]
     if held:
         rows.insert(0, ("held-out loss", f"{held['before']:.4f} before, **{held['after']:.4f}** after"))
+    if "preferences" in summary:
+        settings = ", ".join(f"{name} {value}" for name, value in summary["preferences"].items() if value)
+        rows.insert(bool(held), ("objective", f"preferences (DPO), {settings}"))
+    if summary.get("eval_rewards"):
+        rows[1:1] = _reward_rows(**summary["eval_rewards"])
     table = "\n".join(f"| {name} | {value} |" for name, value in rows)
     versions = ", ".join(f"{name} {version}" for name, version in summary["versions"].items())
     header = ["library_name: peft", "pipeline_tag: text-generation", "tags: [qlora, qlora_engine]"]
@@ -164,6 +189,19 @@ qlora merge --model {summary["model"]} --adapter {output}/adapter --output merge
 
 {_format(adapter)}
 """
+
+
+def _reward_rows(before: dict, after: dict) -> list[tuple[str, str]]:
+    return [
+        (
+            "held-out reward accuracy",
+            f"{before['accuracies']:.1%} before, **{after['accuracies']:.1%}** after",
+        ),
+        (
+            "held-out rewards after",
+            f"chosen {after['chosen']:.3f}, rejected {after['rejected']:.3f}, margin {after['margins']:.3f}",
+        ),
+    ]
 
 
 def _what(adapter: dict) -> str:

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import torch
 
-from qlora_engine.training.data import Rows
+from qlora_engine.training.data import PREFERENCES, Rows
 from qlora_engine.training.errors import UsageError
 
 TEXT_PROMPT_WORDS = 8
@@ -14,8 +14,8 @@ def sample_prompts(rows: Rows, count: int) -> list[tuple[object, str]]:
     """(prompt, reference answer) of the first rows; a prompt is text or a list of messages."""
     found = []
     for row in rows.rows[:count]:
-        if rows.format == "prompt/completion":
-            prompt, answer = row["prompt"], row["completion"]
+        if rows.format in ("prompt/completion", *PREFERENCES):
+            prompt, answer = row["prompt"], row["chosen" if rows.format in PREFERENCES else "completion"]
             found.append((prompt, answer if isinstance(answer, str) else answer[0]["content"]))
         elif rows.format == "messages":
             last = max(i for i, message in enumerate(row["messages"]) if message["role"] == "assistant")

@@ -250,7 +250,7 @@ class _Runner:
         )
         memory.check_memory(need, str(self.device))
         self.model, self.tokenizer = recipe.load_base(options, folder, self.device, self.dtype)
-        if options.chat or train_rows.format == "messages":
+        if options.chat or train_rows.format in data.CONVERSATIONS:
             sampling.check_chat_template(self.tokenizer)
         if options.chat:
             train_rows, held_out = data.as_chat(train_rows), data.as_chat(held_out)
@@ -276,7 +276,13 @@ class _Runner:
             with tempfile.TemporaryDirectory() as folder:  # where the trainer would write; a trial leaves nothing
                 here = dataclasses.replace(options, output=folder, save_every=0)
                 loop = recipe.build_trainer(
-                    here, self.model, self.tokenizer, *self.rows, device=self.device, dtype=self.dtype
+                    here,
+                    self.model,
+                    self.tokenizer,
+                    *self.rows,
+                    device=self.device,
+                    dtype=self.dtype,
+                    keep=Path(options.output),
                 )
                 watch = _watch(trial)
                 loop.add_callback(watch)

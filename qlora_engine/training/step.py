@@ -40,7 +40,7 @@ def set_up(options: FinetuneOptions, trainer, device: torch.device) -> None:
                 model,
                 recomputation_policy(options, device.type == "cuda"),
                 budget_gib=options.activation_gib,
-                tokens=options.batch_size * options.max_length,
+                tokens=options.sequences * options.max_length,
                 offload=options.offload_activations,
             )
     why_no_loss = why_not_own_loss(options, trainer)
@@ -139,20 +139,3 @@ class CapturedTraining:
     def _loss(self, input_ids, labels, num_items):
         with self.trainer.accelerator.autocast(), causal_attention(self.trainer.model):
             return tuple(loss.causal_lm_loss(self.trainer.model, input_ids, labels, num_items))
-
-
-class TokenCounts:
-    """Correct, counted and real tokens of batches, kept on their device until somebody asks."""
-
-    def __init__(self):
-        self.waiting: list[torch.Tensor] = []
-
-    def add(self, found: loss.CausalLoss, inputs: dict[str, torch.Tensor]) -> None:
-        mask = inputs.get("attention_mask")
-        real = found.count.new_tensor(inputs["input_ids"].numel()) if mask is None else mask.sum()
-        self.waiting.append(torch.stack((found.correct, found.count, real)).detach())
-
-    def take(self) -> list[list[int]]:
-        """Those of every batch since the last call; waits for the GPU."""
-        counts, self.waiting = self.waiting, []
-        return torch.stack(counts).tolist() if counts else []

@@ -17,11 +17,11 @@ from qlora_engine.models.adapter import load_adapter, save_adapter
 from qlora_engine.models.files import atomic_write
 from qlora_engine.optim import lora_plus_groups
 from qlora_engine.training.cuda_graphs import causal_attention
-from qlora_engine.training.loss import CausalLoss, causal_lm_loss
 from qlora_engine.training.memory import GIB, peak_memory
 from qlora_engine.training.methods import MethodSteps, load_checkpoint, method_of, save_checkpoint
+from qlora_engine.training.objective import REWARDS, Objective
 from qlora_engine.training.parallel import ParallelTraining, Ranks, agree
-from qlora_engine.training.step import CapturedTraining, TokenCounts
+from qlora_engine.training.step import CapturedTraining
 
 
 class QLoRATrainer(ParallelTraining, SFTTrainer):
@@ -31,18 +31,18 @@ class QLoRATrainer(ParallelTraining, SFTTrainer):
     state; the frozen base is read from where it came from.
 
     Args:
+        objective: what is minimised.
         lora_plus: learning rate of the adapters' B factors over that of everything else.
         ranks: the processes of the run.
         *args, **kwargs: SFTTrainer's.
     """
 
-    def __init__(self, *args, lora_plus: float = 1.0, ranks: Ranks | None = None, **kwargs):
-        self._lora_plus, self.ranks = lora_plus, ranks or Ranks()
+    def __init__(self, *args, objective: Objective, lora_plus: float = 1.0, ranks: Ranks | None = None, **kwargs):
+        self.objective, self._lora_plus, self.ranks = objective, lora_plus, ranks or Ranks()
         self.needs_masks = True  # whether attention has to see which tokens are padding
-        self.own_loss = False  # whether the training loss is this engine's chunked one and not TRL's
+        self.own_loss = False  # whether the loss is this engine's chunked one and not TRL's
         self.captured: CapturedTraining | None = None  # where the steps are CUDA graphs
-        self._counts = TokenCounts()
-        super().__init__(*args, **kwargs)
+        super().__init__(*args, data_collator=objective.collator, **kwargs)
         self.method = method_of(self.model)
         if self.method is not None:
             self.add_callback(MethodSteps(self.method))
@@ -60,11 +60,10 @@ class QLoRATrainer(ParallelTraining, SFTTrainer):
         return super().create_optimizer(*args, **kwargs)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        if self.own_loss and model is self.model and model.training and not return_outputs:
-            own = self._own_loss(inputs, num_items_in_batch)
-            self._counts.add(own, inputs)
-            return own.loss
-        found = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        if return_outputs:
+            found = super().compute_loss(model, inputs, True, num_items_in_batch)
+        else:
+            found = self.objective.loss(self, model, inputs, num_items_in_batch)
         penalty = self.method.penalty() if self.method is not None and model.training else None
         if penalty is None:
             return found
@@ -72,13 +71,19 @@ class QLoRATrainer(ParallelTraining, SFTTrainer):
         share = penalty if num_items_in_batch is None else penalty / self.args.gradient_accumulation_steps
         return (found[0] + share, found[1]) if return_outputs else found + share
 
-    def _own_loss(self, inputs, num_items) -> CausalLoss:
+    def trl_loss(self, model, inputs, num_items_in_batch=None):
+        """TRL's loss of a batch, with its own figures."""
+        return super().compute_loss(model, inputs, False, num_items_in_batch)
+
+    @contextlib.contextmanager
+    def own_pass(self, inputs: dict) -> Iterator[dict]:
+        """Around a forward pass of this engine: autocast, and no mask where none is needed; yields its inputs."""
         with contextlib.ExitStack() as stack:
             stack.enter_context(self.accelerator.autocast())
             if not self.needs_masks:
                 stack.enter_context(causal_attention(self.model))
                 inputs = {name: value for name, value in inputs.items() if name != "attention_mask"}
-            return causal_lm_loss(self.model, num_items=num_items, **inputs)
+            yield inputs
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         if self.captured is None:
@@ -86,15 +91,17 @@ class QLoRATrainer(ParallelTraining, SFTTrainer):
         model.train()
         inputs = self._prepare_inputs(inputs)
         own = self.captured(inputs, num_items_in_batch)
-        self._counts.add(own, inputs)
+        self.objective.counts.add(own, inputs)
         return own.loss
 
     def log(self, logs, start_time=None):
-        if self.model.training:
-            for correct, count, real in self._counts.take():
-                self._metrics["train"]["mean_token_accuracy"].append(correct / max(1, count))
-                self._total_train_tokens += real
-                self._metrics["train"]["num_tokens"] = [self._total_train_tokens]
+        metrics = self._metrics["train" if self.model.training else "eval"]
+        figures, tokens = self.objective.take(self.model.training)
+        for name, values in figures.items():
+            metrics[name] += values
+        if tokens is not None:
+            self._total_train_tokens += tokens
+            metrics["num_tokens"] = [self._total_train_tokens]
         super().log(logs, start_time)
 
     def _save(self, output_dir=None, state_dict=None):
@@ -169,7 +176,8 @@ class MetricsLog(TrainerCallback):
         records: every figure of the run, those from before a resumption included.
     """
 
-    FIGURES = ("loss", "eval_loss", "learning_rate", "grad_norm", "mean_token_accuracy", "eval_mean_token_accuracy")
+    BOTH = ("loss", "mean_token_accuracy", *REWARDS)  # in training and in evaluation
+    FIGURES = (*BOTH, *map("eval_{}".format, BOTH), "learning_rate", "grad_norm")
 
     def __init__(self, path: Path, resumed_at: int | None, writes: bool = True):
         self.path, self.writes = path, writes
@@ -228,7 +236,10 @@ class ProgressBar(TrainerCallback):
         logs = logs or {}
         memory = max(peak_memory(self.device).items(), key=lambda item: item[0] != "cpu")[1] / GIB
         if "eval_loss" in logs:
-            self._line(f"step {state.global_step}: held-out loss {logs['eval_loss']:.4f}")
+            text = f"step {state.global_step}: held-out loss {logs['eval_loss']:.4f}"
+            if "eval_rewards/accuracies" in logs:
+                text += f", reward accuracy {logs['eval_rewards/accuracies']:.0%}"
+            self._line(text)
         elif "loss" in logs:
             figures = f"loss {float(logs['loss']):.4f}, {self.metrics.tokens_per_second:.0f} tok/s, {memory:.2f} GiB"
             if self.bar:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from qlora_engine.cli.main import COMMANDS, main
-from tests.training.tiny_llm import pairs, save_model, write_jsonl
+from tests.training.tiny_llm import pairs, preferences, save_model, write_jsonl
 
 ROOT = Path(__file__).resolve().parents[2]
 ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
@@ -212,6 +212,43 @@ def _promise_4_tib(folder: Path) -> None:
     tensor = {"dtype": "F16", "shape": [2**21, 2**20], "data_offsets": [0, 4 * 2**40]}
     header = json.dumps({"model.layers.0.mlp.up_proj.weight": tensor}).encode()
     (folder / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            [],
+            "rows.jsonl, line 1: there is no `chosen` and no `rejected`: the columns are completion, prompt;",
+        ),
+        (["--packing"], "--packing does not go with --objective dpo: a pair of sequences stays one; leave it out"),
+        (["--cuda-graphs"], "--cuda-graphs does not go with --objective dpo"),
+        (["--objective", "lm", "--beta", "0.2"], "--beta is for --objective dpo"),
+        (["--objective", "lm", "--data", "preferences.jsonl"], "are preferences; pass --objective dpo"),
+        (["--data", "preferences.jsonl", "--eval-data", "rows.jsonl"], "rows.jsonl, line 1: there is no `chosen`"),
+    ],
+    ids=["columns", "packing", "graphs", "beta", "objective", "held out"],
+)
+def test_mistakes_with_preferences(place, monkeypatch, capsys, arguments, message):
+    monkeypatch.chdir(place)
+    write_jsonl(place / "preferences.jsonl", preferences(4))
+    given = [
+        "finetune",
+        "--model",
+        "tiny",
+        "--data",
+        "rows.jsonl",
+        "--output",
+        "new",
+        "--objective",
+        "dpo",
+        *arguments,
+    ]
+    assert main(given) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("qlora: error: ")
+    assert message in error
+    assert not (place / "new").exists()
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import pytest
 from qlora_engine.cli.main import main
 from qlora_engine.training.errors import OptionError
 from qlora_engine.training.options import build_options, read_yaml
-from tests.training.tiny_llm import pairs, save_model, write_jsonl
+from tests.training.tiny_llm import pairs, preferences, save_model, write_jsonl
 
 ROOT = Path(__file__).parents[2]
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
@@ -21,6 +21,9 @@ SHORT += " --eval-max-rows 2 --r 2"
 def rows(recipe: Path) -> list[dict]:
     """Rows of the columns that the recipe's head shows."""
     found = pairs(24)
+    if '"rejected"' in recipe.read_text():
+        roles = {"prompt": "user", "chosen": "assistant", "rejected": "assistant"}
+        return [{name: [{"role": roles[name], "content": row[name]}] for name in row} for row in preferences(24)]
     if '"messages"' in recipe.read_text():
         turns = [(("user", row["prompt"]), ("assistant", row["completion"])) for row in found]
         return [{"messages": [{"role": role, "content": text} for role, text in turn]} for turn in turns]
@@ -43,7 +46,7 @@ def place(tmp_path_factory):
 
 
 def test_there_are_recipes():
-    assert {recipe.stem for recipe in RECIPES} >= {"chat", "instruction", "classification", "pretraining"}
+    assert {recipe.stem for recipe in RECIPES} >= {"chat", "instruction", "classification", "pretraining", "dpo"}
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.stem)

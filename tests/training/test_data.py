@@ -21,6 +21,67 @@ def test_jsonl_formats(tmp_path, row, format):
     assert rows.dataset()[1] == row
 
 
+USER, GOOD, BAD = ({"role": r, "content": c} for r, c in (("user", "hi"), ("assistant", "ho"), ("assistant", "no")))
+FOLLOWS = {"role": "user", "content": "and?"}
+
+
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        ({"prompt": "a", "chosen": " b", "rejected": " c", "text": "x"}, ("a", " b", " c")),
+        ({"chosen": "Q: a\nA: be so", "rejected": "Q: a\nA: bad"}, ("Q: a\nA:", " be so", " bad")),
+        ({"prompt": [USER], "chosen": [GOOD], "rejected": [BAD]}, ([USER], [GOOD], [BAD])),
+        ({"chosen": [USER, GOOD], "rejected": [USER, BAD, FOLLOWS, GOOD]}, ([USER], [GOOD], [BAD, FOLLOWS, GOOD])),
+        ({"chosen": [USER, GOOD], "rejected": [USER, GOOD]}, ([USER], [GOOD], [GOOD])),
+        # as UltraFeedback has it, and answers that repeat their prompt
+        (
+            {"prompt": "hi", "chosen": [USER, GOOD], "rejected": [USER, BAD], "messages": [USER]},
+            ([USER], [GOOD], [BAD]),
+        ),
+        ({"prompt": "hi", "chosen": [GOOD], "rejected": [BAD]}, ([USER], [GOOD], [BAD])),
+        ({"prompt": [USER], "chosen": [USER, GOOD], "rejected": [USER, BAD]}, ([USER], [GOOD], [BAD])),
+    ],
+    ids=["text", "implicit text", "messages", "implicit", "equal", "text beside", "text before", "repeated"],
+)
+def test_preferences(tmp_path, row, expected):
+    rows = load_rows(write_jsonl(tmp_path / "a.jsonl", [row]), preferences=True)
+    assert rows.format == ("preference" if isinstance(expected[0], str) else "preference messages")
+    assert rows.rows == [dict(zip(("prompt", "chosen", "rejected"), expected, strict=True))]
+    assert rows.dataset()[0] == rows.rows[0]
+
+
+def test_preferences_as_chat(tmp_path):
+    rows = load_rows(write_jsonl(tmp_path / "a.jsonl", [{"prompt": "hi", "chosen": "ho ", "rejected": "no"}]), True)
+    assert as_chat(rows).rows == [{"prompt": [USER], "chosen": [GOOD], "rejected": [BAD]}]
+    assert as_chat(rows).format == "preference messages"
+    with pytest.raises(DataError, match="holds `preference messages` rows"):
+        as_chat(as_chat(rows))
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        (PAIR, "there is no `chosen` and no `rejected`: the columns are completion, prompt; expected `chosen`"),
+        ({"prompt": "a", "chosen": "b", "rejected": None}, "there is no `rejected`"),
+        ({"prompt": "a", "chosen": "b", "rejected": [BAD]}, "one of `chosen` and `rejected` is text"),
+        ({"prompt": "a", "chosen": "b", "rejected": " "}, "`rejected` is empty"),
+        ({"prompt": [USER], "chosen": "b", "rejected": "c"}, "`prompt` is a list; expected text"),
+        ({"chosen": "one", "rejected": "other"}, "there is no `prompt`, and `chosen` and `rejected` do not begin"),
+        ({"chosen": [GOOD], "rejected": [BAD]}, "begin with no message in common"),
+        ({"prompt": "a", "chosen": [], "rejected": [BAD]}, "`chosen` is empty; expected a list of messages"),
+        ({"prompt": [USER], "chosen": [GOOD], "rejected": [USER]}, "`rejected` does not go on with a message of the"),
+        ({"prompt": [USER], "chosen": [{**GOOD, "content": ""}], "rejected": [BAD]}, "`chosen` is empty"),
+        ({"prompt": [{"role": "bot"}], "chosen": [GOOD], "rejected": [BAD]}, "`prompt` message 1 has the role 'bot'"),
+    ],
+)
+def test_bad_preferences(tmp_path, row, reason):
+    path = write_jsonl(tmp_path / "bad.jsonl", [row])
+    with pytest.raises(DataError) as caught:
+        load_rows(path, preferences=True)
+    assert f"{path}, line 1: " in str(caught.value)
+    assert reason in str(caught.value)
+
+
 def test_other_columns_are_dropped_and_blank_lines_skipped(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text(json.dumps({**PAIR, "id": 7}) + "\n\n  \n" + json.dumps({**PAIR, "text": None}) + "\n")
@@ -73,6 +134,7 @@ def test_saved_splits(tmp_path):
         ([PAIR, TEXT], "line 2: a `text` row in a file that began with `prompt/completion`"),
         ([{**PAIR, **TEXT}], "line 1: columns of several formats"),
         ([PAIR, {"prompt": "a"}], "line 2: `prompt` without `completion`"),
+        ([{"prompt": "a", "chosen": "b", "rejected": "c"}], "are preferences; pass --objective dpo"),
         ([{"question": "a"}], "line 1: the columns are question; expected `prompt` and `completion`"),
         ([{**PAIR, "prompt": 3}], "line 1: `prompt` is a number; expected text"),
         ([{**PAIR, "completion": " "}], "line 1: `completion` is empty"),
@@ -141,5 +203,5 @@ def test_as_chat(tmp_path):
     assert as_chat(rows).rows == [
         {"prompt": [{"role": "user", "content": "a"}], "completion": [{"role": "assistant", "content": "b"}]}
     ]
-    with pytest.raises(DataError, match="--chat is for prompt/completion rows"):
+    with pytest.raises(DataError, match="--chat is for rows of a prompt and answers in text"):
         as_chat(load_rows(write_jsonl(tmp_path / "b.jsonl", [TEXT])))

@@ -199,6 +199,7 @@ def test_each_option_moves_its_own_part(large):
     assert changed(liger="on").activations < found.activations
     assert changed(offload_activations=True).activations < found.activations
     assert changed(cuda_graphs=True).workspace > found.workspace
+    assert changed(objective="dpo") == changed(batch_size=4)  # pairs
     halves = [estimator.estimate(large, base, recomputed=count).allocated for count in (0, 16, 31)]
     assert halves == sorted(halves, reverse=True)
     assert halves[-1] == found.allocated

@@ -2,7 +2,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from qlora_engine.training.loss import IGNORED, causal_lm_loss, linear_cross_entropy, why_no_causal_loss
+from qlora_engine.training.loss import (
+    IGNORED,
+    causal_lm_loss,
+    linear_cross_entropy,
+    sequence_log_probs,
+    why_no_causal_loss,
+)
 from tests.models import tiny
 from tests.numerics import relative_rms
 
@@ -10,18 +16,19 @@ BOUNDS = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}
 
 
 def wide_loss(hidden, weight, labels):
-    """(sum of losses, correct) in float64 from logits rounded as the product leaves them."""
+    """(losses, correct) in float64 from logits rounded as the product leaves them."""
     logits = hidden @ weight.T
     counts = labels != IGNORED
     correct = (logits.argmax(1) == labels) & counts
-    return F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum"), correct
+    return F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="none"), correct
 
 
 @pytest.mark.parametrize("dtype", BOUNDS)
 @pytest.mark.parametrize(
     ("M", "H", "V", "chunk"), [(37, 24, 131, 8), (5, 64, 5000, None), (1, 8, 3, 4), (64, 16, 96, 64)]
 )
-def test_against_float64(device, dtype, M, H, V, chunk, poisoned_memory):
+@pytest.mark.parametrize("reduction", ["sum", "none"])
+def test_against_float64(device, dtype, M, H, V, chunk, reduction, poisoned_memory):
     if chunk is None and device == "cpu" and dtype != torch.float32:
         pytest.skip("the same code as in float32")
     hidden = torch.randn(M, H, dtype=dtype, device=device).requires_grad_()
@@ -29,14 +36,17 @@ def test_against_float64(device, dtype, M, H, V, chunk, poisoned_memory):
     labels = torch.randint(V, (M,), device=device)
     if M > 1:
         labels[::3] = IGNORED
-    total, correct = linear_cross_entropy(hidden, weight, labels, chunk)
-    (total * 0.5).backward()
+    # where each row is given, each has a factor of its own in what is minimised
+    factors = torch.full((M,), 0.5, device=device) if reduction == "sum" else torch.randn(M, device=device)
+    found, correct = linear_cross_entropy(hidden, weight, labels, chunk, reduction=reduction)
+    total = found * 0.5 if reduction == "sum" else found @ factors
+    total.backward()
     wide = [t.detach().double().requires_grad_() for t in (hidden, weight)]
     expected, expected_correct = wide_loss(*wide, labels)
-    (expected * 0.5).backward()
-    assert (
-        abs(float(total.detach()) - float(expected.detach())) <= BOUNDS[dtype] * abs(float(expected.detach())) + 1e-6
-    )
+    (expected @ factors.double()).backward()
+    assert found.dtype == torch.float32
+    exact = (expected.sum() if reduction == "sum" else expected).detach()
+    assert float((found.detach() - exact).norm()) <= BOUNDS[dtype] * float(exact.norm()) + 1e-6
     for actual, one in ((hidden, wide[0]), (weight, wide[1])):
         assert actual.grad.dtype == dtype
         assert relative_rms(actual.grad, one.grad) < BOUNDS[dtype]
@@ -64,9 +74,45 @@ def test_all_ignored_is_zero(device):
     assert not hidden.grad.any()
 
 
+def test_frozen_weight_needs_no_logits_in_backward(device, monkeypatch):
+    """With a frozen head, as every adapter has it, rows are weighed without a further product."""
+    from qlora_engine.training import loss
+
+    hidden = torch.randn(12, 16, device=device, requires_grad=True)
+    weight, labels = torch.randn(50, 16, device=device), torch.randint(50, (12,), device=device)
+    losses, _ = linear_cross_entropy(hidden, weight, labels, 5, reduction="none")
+    monkeypatch.setattr(loss, "_chunks_of_logits", None)
+    losses[3].backward()
+    assert hidden.grad[3].any()
+    assert not hidden.grad[:3].any()
+    assert not hidden.grad[4:].any()
+
+
+def test_log_probs_of_sequences_and_their_gradients():
+    """On a padded batch, against float64 log-softmax of whole logits, each sequence with a factor of its own."""
+    model = tiny.llama().float()
+    ids = torch.randint(tiny.VOCABULARY, (3, 9))
+    mask, labels, factors = torch.ones_like(ids), ids.clone(), torch.tensor([0.5, -2.0, 1.0])
+    mask[1, 6:] = 0
+    labels[:, :3], labels[1, 6:], labels[2] = IGNORED, IGNORED, IGNORED
+    found = sequence_log_probs(model, ids, labels, attention_mask=mask)
+    actual = torch.autograd.grad(found @ factors, list(model.parameters()))
+    wide = model.double()
+    scores = F.log_softmax(wide(input_ids=ids, attention_mask=mask).logits, -1)[:, :-1]
+    counts = labels[:, 1:] != IGNORED
+    expected = (scores.gather(2, ids[:, 1:, None]).squeeze(2) * counts).sum(1)
+    assert relative_rms(found, expected) < 1e-5
+    assert float(found[2]) == 0
+    slopes = torch.autograd.grad(expected @ factors.double(), list(wide.parameters()))
+    for one, other in zip(actual, slopes, strict=True):
+        assert relative_rms(one, other) < 1e-4
+
+
 def test_wrong_shapes_are_named():
     with pytest.raises(ValueError, match=r"\[4, 8\], weight \[9, 7\]"):
         linear_cross_entropy(torch.randn(4, 8), torch.randn(9, 7), torch.zeros(4, dtype=torch.int64))
+    with pytest.raises(ValueError, match="reduction is 'mean'"):
+        linear_cross_entropy(torch.randn(4, 8), torch.randn(9, 8), torch.zeros(4).long(), reduction="mean")
 
 
 @pytest.mark.parametrize("num_items", [None, 11])

@@ -4,7 +4,7 @@ import dataclasses
 import pytest
 
 from qlora_engine.training.errors import OptionError
-from qlora_engine.training.options import FinetuneOptions, add_flags, build_options, flag
+from qlora_engine.training.options import PREFERENCE_OPTIONS, FinetuneOptions, add_flags, build_options, flag
 
 GIVEN = {"model": "m", "data": "d.jsonl"}
 
@@ -19,11 +19,19 @@ def test_flags_that_are_not_given_leave_nothing():
     assert parse() == {}
 
 
-def test_every_option_has_a_flag_and_a_yaml_key_that_say_the_same(tmp_path):
+@pytest.mark.parametrize(
+    "apart",  # options that do not go with the others
+    [
+        ("objective", *PREFERENCE_OPTIONS),
+        ("packing", "completion_only", "assistant_only", "loss_type"),
+        ("packing", "completion_only", "assistant_only", "label_smoothing"),
+    ],
+)
+def test_every_option_has_a_flag_and_a_yaml_key_that_say_the_same(tmp_path, apart):
     changed = {}
     for spec in dataclasses.fields(FinetuneOptions):
         default = spec.default if spec.default is not dataclasses.MISSING else spec.default_factory()
-        if spec.name in ("resume", "overwrite", "model", "data", "cuda_graphs"):  # the last does not go with all
+        if spec.name in ("resume", "overwrite", "model", "data", "cuda_graphs", *apart):
             continue
         if isinstance(default, bool):
             changed[spec.name] = not default
@@ -110,6 +118,13 @@ def test_missing_yaml():
         ({"activation_gib": 2.0, "gradient_checkpointing": "full"}, "--activation-gib"),
         ({"cuda_graphs": True, "packing": True}, "--packing"),
         ({"cuda_graphs": True, "offload_activations": True}, "--offload-activations"),
+        ({"objective": "dpo", "packing": True}, "--packing does not go with --objective dpo"),
+        ({"objective": "dpo", "cuda_graphs": True}, "--cuda-graphs does not go with --objective dpo"),
+        ({"objective": "dpo", "assistant_only": True}, "--assistant-only does not go"),
+        ({"objective": "dpo", "completion_only": False}, "--no-completion-only does not go"),
+        ({"objective": "dpo", "loss_type": "ipo", "label_smoothing": 0.1}, "--label-smoothing is for"),
+        ({"beta": 0.2}, "--beta is for --objective dpo"),
+        ({"sft_weight": 0.2}, "--sft-weight is for --objective dpo"),
     ],
 )
 def test_what_a_step_cannot_be_at_once(given, words):

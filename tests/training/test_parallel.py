@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from tests.distributed.launch import run_ranks
+from tests.training.tiny_llm import preferences, write_jsonl
 
 pytest.importorskip("trl")
 
@@ -72,13 +74,35 @@ def test_two_processes_give_the_run_of_one(options, tmp_path):
         for key in ("loss", "eval_loss", "grad_norm"):
             assert figures(folder, key) == pytest.approx(figures(single.output, key), rel=1e-4), (name, key)
         assert (folder / "README.md").is_file()
-        from safetensors.torch import load_file
-
         mine, theirs = (load_file(f / "adapter" / "adapter_model.safetensors") for f in (folder, single.output))
         assert mine.keys() == theirs.keys()
         for tensor in mine:
             torch.testing.assert_close(mine[tensor], theirs[tensor], rtol=1e-3, atol=1e-5)
     assert figures(tmp_path / "resumed", "loss") == figures(tmp_path / "sharded", "loss")
+
+
+def preference_runs(options: FinetuneOptions) -> None:
+    """A replicated run and a sharded one on preferences."""
+    folder = Path(options.output).parent
+    for name, sharding in (("replicated", "none"), ("sharded", "full")):
+        finetune(dataclasses.replace(options, output=str(folder / name), sharding=sharding, batch_size=2))
+
+
+def test_two_processes_prefer_as_one_does(options, tmp_path):
+    data = write_jsonl(tmp_path / "preferences.jsonl", preferences(30))
+    changes = {"objective": "dpo", "data": str(data), "max_steps": 2, "eval_every": 2, "save_every": 0, "samples": 0}
+    single = dataclasses.replace(options, **changes)
+    finetune(single)
+    run_ranks(preference_runs, 2, single)
+    kept = load_file(Path(single.output) / "reference.safetensors")
+    for name in ("replicated", "sharded"):
+        folder = tmp_path / name
+        for key in ("loss", "eval_loss", "grad_norm", "tokens", "rewards/margins", "eval_rewards/chosen"):
+            expected, got = figures(Path(single.output), key), figures(folder, key)
+            assert got == pytest.approx(expected, rel=1e-4, abs=1e-5), (name, key)
+        for dataset, expected in kept.items():
+            found = load_file(folder / "reference.safetensors")[dataset]
+            torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-4)
 
 
 @pytest.mark.parametrize(

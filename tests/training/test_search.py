@@ -163,3 +163,16 @@ def test_command_line(options, tiny_model, tiny_data, tmp_path, capsys):
     with pytest.raises(SystemExit):
         main(["search", "--help"])
     assert "qlora finetune --config found/best.yaml" in capsys.readouterr().out
+
+
+def test_trials_on_preferences_share_the_reference(options, tmp_path, monkeypatch):
+    from qlora_engine.training import reference
+    from tests.training.tiny_llm import preferences, write_jsonl
+
+    computed, compute = [], reference.compute
+    monkeypatch.setattr(reference, "compute", lambda *given: computed.append(1) or compute(*given))
+    data = str(write_jsonl(tmp_path / "preferences.jsonl", preferences(30)))
+    chosen = options(objective="dpo", data=data, max_steps=2)
+    found = search(chosen, SearchOptions(space=("method=lora,ia3",), strategy="grid"))
+    assert [trial["state"] for trial in found.trials] == ["complete"] * 2
+    assert len(computed) == 2  # training and held-out pairs, once

@@ -65,6 +65,18 @@ def pairs(count: int, seed: int = 0) -> list[dict]:
     ]
 
 
+def preferences(count: int, seed: int = 0) -> list[dict]:
+    """Prompt/chosen/rejected rows that a tiny model can learn: the colour of a thing is chosen over another one."""
+    draw = random.Random(seed)
+    rows = []
+    for row in pairs(count, seed):
+        colour, *rest = row["completion"].split()
+        other = draw.choice([one for one in COLOURS if one != colour])
+        rejected = " ".join(["", other, *rest])
+        rows.append({"prompt": row["prompt"], "chosen": row["completion"], "rejected": rejected})
+    return rows
+
+
 def write_jsonl(path: Path, rows: list) -> Path:
     """Writes rows as JSON, one a line."""
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
