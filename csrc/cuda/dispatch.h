@@ -95,6 +95,9 @@ inline LinearChoice linear_choice() {
 //   K 14336   332 | 355   700 | 677   1476 | 1349
 inline int64_t most_fused_rows(int64_t K, bool adapter) { return adapter && K <= 8192 ? 4096 : 2048; }
 
+// The most rows for which the kernel for 8.0 is chosen without being asked for.
+inline constexpr int64_t kMostSm80Rows = 64;
+
 struct LinearRoute {
   enum Path { kFewRows, kFused, kDequantize, kSm80, kDoesNotFit } path;
   FusedConfig config;  // of kFused
@@ -109,18 +112,30 @@ inline LinearRoute linear_route(const Nf4Weight& weight, Dtype dtype, int64_t M,
   const bool forced = choice.fused();
   const int64_t few = fused_available() ? kFewRowsSm90 : kFewRows;
   if (!forced && M <= few && few_rows_fit(weight, dtype, nullptr, N, K)) return {LinearRoute::kFewRows, {}, {}};
-  if (choice.path == LinearChoice::kSm80 || !fused_available()) {
-    // by name alone: it has run in an emulation, and has not been measured on a GPU of 8.0
-    if (!forced) return {LinearRoute::kDequantize, {}, {}};
-    const bool fits = !choice.has_config || choice.path == LinearChoice::kSm80;
-    if (!fits || !linear_sm80_fits(weight, dtype, M, N, K)) return {LinearRoute::kDoesNotFit, {}, {}};
+  const auto sm80 = [&]() -> LinearRoute {
     return {LinearRoute::kSm80, {}, choice.has_config ? choice.sm80 : choose_sm80_config(M, N, K, multiprocessors)};
+  };
+  if (choice.path == LinearChoice::kSm80 || !fused_available()) {
+    const bool fits = !(choice.has_config && choice.path == LinearChoice::kFused) &&  // a configuration of the other
+                      linear_sm80_fits(weight, dtype, M, N, K);
+    if (forced && !fits) return {LinearRoute::kDoesNotFit, {}, {}};
+    // by itself while reading W bounds a product: not measured on a GPU of 8.0, but it moves a quarter of the bytes
+    if (!fits || !(forced || M <= kMostSm80Rows)) return {LinearRoute::kDequantize, {}, {}};
+    return sm80();
   }
   if (!fused_fits(weight, dtype, M, N, K)) {
     return {forced ? LinearRoute::kDoesNotFit : LinearRoute::kDequantize, {}, {}};
   }
   if (!forced && M > most_fused_rows(K, adapter)) return {LinearRoute::kDequantize, {}, {}};
-  return {LinearRoute::kFused, choice.has_config ? choice.config : choose_config(M, N, K, multiprocessors), {}};
+  const FusedConfig config = choice.has_config ? choice.config : choose_config(M, N, K, multiprocessors);
+  // where the fused kernel would divide K, the other is faster up to 64 rows (it has no adapters): fused | 8.0, us, at
+  //   M         32           64
+  //   4096²     27.3 | 21.2  29.6 | 26.6
+  //   K 14336   52.8 | 41.6  55.6 | 53.1
+  if (!forced && !adapter && M <= kMostSm80Rows && config.splits > 1 && linear_sm80_fits(weight, dtype, M, N, K)) {
+    return sm80();
+  }
+  return {LinearRoute::kFused, config, {}};
 }
 
 }  // namespace qlora_engine::cuda

@@ -86,7 +86,8 @@ def _products(device: str, capability: tuple[int, int]) -> list[dict]:
 
     from qlora_engine.ops.linear import linear_path
 
-    names = {"few rows": "CUDA, reads the packed weight", "fused": "CUDA, tensor cores on the packed weight"}
+    names = {"few rows": "CUDA, reads the packed weight"}
+    names |= dict.fromkeys(("fused", "fused sm80"), "CUDA, tensor cores on the packed weight")
     found: list[dict] = []
     for rows in ROWS:
         path = linear_path(rows, 4096, 4096, torch.bfloat16, device=device).name
