@@ -42,7 +42,12 @@ LAYER_AIMS = {  # milliseconds, MiB
     "mlp 4096/14336 r=16 M=8192": (9.3, 914),
 }
 STEP_AIMS = {"1x512": ("25 ms", 3.3), "2x2048": ("45,000 tokens/s", 3.9), "4x2048": ("50,000 tokens/s", 4.6)}
-OPTIMIZER_AIMS = {"ours 32-bit": 2.2, "ours 8-bit": 1.5, "ours 32-bit, pinned host": 36, "ours 32-bit, managed host": 36}
+OPTIMIZER_AIMS = {
+    "ours 32-bit": 2.2,
+    "ours 8-bit": 1.5,
+    "ours 32-bit, pinned host": 36,
+    "ours 32-bit, managed host": 36,
+}
 CPU_AIMS = {"quantize": 40e3, "dequantize fp32": 9e3, "dequantize bf16": 6e3, "product 1": 3e3}
 CPU_RATIO = 1.15  # of a dense product
 
