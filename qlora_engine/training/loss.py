@@ -4,6 +4,9 @@ With 128,256 words the logits of 8,192 tokens take 2 GiB in 16 bits and 4 GiB in
 Here CHUNK_BYTES of them exist at a time, are overwritten with their gradient, and give the gradient of the hidden
 states at once (the idea is that of Liger-Kernel's fused linear cross-entropy). Nothing waits for the GPU, so a step
 can be captured into a CUDA graph.
+
+A head in 4 bits is multiplied as any layer in 4 bits is. Where that decodes the weight, as on GPUs without the fused
+kernels, its 16-bit copy would be as large as the logits were: so it is multiplied SLICE_BYTES of it at a time.
 """
 
 from typing import NamedTuple
@@ -11,10 +14,14 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from qlora_engine import kernels
+from qlora_engine import kernels, ops
 from qlora_engine.functional import compute_dtype
+from qlora_engine.nn.nf4_embedding import TiedNF4Linear
+from qlora_engine.nn.nf4_linear import NF4Linear
+from qlora_engine.quantization.weight import NF4Weight, split_rows
 
 CHUNK_BYTES = 128 << 20
+SLICE_BYTES = 256 << 20  # of a 4-bit head, decoded: the whole of 32,000 words of 4,096, a quarter of 128,256
 # Rows below which a product with the head is bound by reading the head: an H100 takes as long for fewer
 LEAST_ROWS = 256
 IGNORED = -100  # transformers' label of tokens that do not count
@@ -57,31 +64,72 @@ def _rows(logits: torch.Tensor):
     return _rows_in_torch
 
 
+class _Head:
+    """The products with a head of ordinary numbers."""
+
+    def __init__(self, weight: torch.Tensor, dtype: torch.dtype):
+        self.matrix = weight.to(dtype)
+
+    def logits(self, hidden: torch.Tensor, storage: torch.Tensor) -> torch.Tensor:
+        return torch.mm(hidden, self.matrix.T, out=storage)
+
+    def grad_hidden(self, grad: torch.Tensor, out: torch.Tensor) -> None:
+        torch.mm(grad, self.matrix, out=out)
+
+
+class _PackedHead:
+    """The products with a head in 4 bits, a part of the vocabulary at a time."""
+
+    def __init__(self, w4: NF4Weight, dtype: torch.dtype):
+        self.parts = split_rows(w4, SLICE_BYTES // (w4.shape[1] * dtype.itemsize))
+
+    def logits(self, hidden: torch.Tensor, storage: torch.Tensor) -> torch.Tensor:
+        for part, columns in self._columns():
+            storage[:, columns] = ops.linear_nf4(hidden, *part.arguments, part.shape[0])
+        return storage
+
+    def grad_hidden(self, grad: torch.Tensor, out: torch.Tensor) -> None:
+        total = torch.zeros(out.shape, dtype=torch.float32, device=out.device)
+        for part, columns in self._columns():
+            total += ops.linear_nf4_backward(grad[:, columns].contiguous(), *part.arguments, out.shape[1])
+        out.copy_(total)
+
+    def _columns(self):
+        first = 0
+        for part in self.parts:
+            yield part, slice(first, first + part.shape[0])
+            first += part.shape[0]
+
+
 class _LinearCrossEntropy(torch.autograd.Function):
-    """`apply(hidden, weight, labels, chunk_rows)`: the sum of the losses, float32 [], and correct, int32 [M]."""
+    """`apply(hidden, weight, w4, labels, chunk_rows)`: the sum of the losses, float32 [], and correct, int32 [M].
+
+    One of weight and w4 is None: a tensor, or an `NF4Weight`, which has no gradient.
+    """
 
     @staticmethod
-    def forward(ctx, hidden, weight, labels, chunk_rows):
+    def forward(ctx, hidden, weight, w4, labels, chunk_rows):
         M, dtype = hidden.shape[0], compute_dtype(hidden)
-        wide, matrix = hidden.to(dtype), weight.to(dtype)
+        wide = hidden.to(dtype)
+        head = _Head(weight, dtype) if w4 is None else _PackedHead(w4, dtype)
+        vocabulary = (weight if w4 is None else w4).shape[0]
         needs_hidden, needs_weight = ctx.needs_input_grad[:2]
         losses = torch.empty(M, dtype=torch.float32, device=hidden.device)
         correct = torch.empty(M, dtype=torch.int32, device=hidden.device)
         grad_hidden = torch.empty_like(wide) if needs_hidden else None
         grad_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device) if needs_weight else None
-        storage = wide.new_empty(min(chunk_rows, M), weight.shape[0])
+        storage = wide.new_empty(min(chunk_rows, M), vocabulary)
         rows_of = _rows(storage)
         for first in range(0, M, chunk_rows):
             rows = slice(first, min(first + chunk_rows, M))
-            logits = storage[: rows.stop - first]
-            torch.mm(wide[rows], matrix.T, out=logits)
+            logits = head.logits(wide[rows], storage[: rows.stop - first])
             rows_of(logits, labels[rows], losses[rows], correct[rows], IGNORED, needs_hidden or needs_weight)
             if needs_hidden:
-                torch.mm(logits, matrix, out=grad_hidden[rows])
+                head.grad_hidden(logits, grad_hidden[rows])
             if needs_weight:
                 grad_weight += logits.T @ wide[rows]
         ctx.grads = grad_hidden, grad_weight
-        ctx.dtypes = hidden.dtype, weight.dtype
+        ctx.dtypes = hidden.dtype, None if weight is None else weight.dtype
         ctx.mark_non_differentiable(correct)
         return losses.sum(), correct
 
@@ -95,11 +143,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
             None if one is None else one.mul_(grad.to(one.dtype)).to(dtype)
             for one, dtype in zip(grads, ctx.dtypes, strict=True)
         ]
-        return *scaled, None, None
+        return *scaled, None, None, None
 
 
 def linear_cross_entropy(
-    hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, chunk_rows: int | None = None
+    hidden: torch.Tensor, weight: torch.Tensor | NF4Weight, labels: torch.Tensor, chunk_rows: int | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Sum of the cross-entropies of `hidden @ weight.T`, whose `[M, V]` logits are never whole in memory.
 
@@ -108,7 +156,7 @@ def linear_cross_entropy(
 
     Args:
         hidden: float16, bfloat16 or float32 `[M, H]`.
-        weight: `[V, H]`, in the compute dtype or rounded to it.
+        weight: `[V, H]`, in the compute dtype or rounded to it; or in 4 bits, frozen.
         labels: int64 `[M]`; rows with -100 do not count.
         chunk_rows: rows at a time; default: `rows_at_a_time`.
 
@@ -125,7 +173,7 @@ def linear_cross_entropy(
     """
     if (
         hidden.dim() != 2
-        or weight.dim() != 2
+        or len(weight.shape) != 2
         or hidden.shape[1] != weight.shape[1]
         or labels.shape != hidden.shape[:1]
     ):
@@ -135,7 +183,8 @@ def linear_cross_entropy(
         )
     if chunk_rows is None:
         chunk_rows = rows_at_a_time(hidden.shape[0], weight.shape[0] * compute_dtype(hidden).itemsize)
-    return _LinearCrossEntropy.apply(hidden, weight, labels, chunk_rows)
+    dense, w4 = (None, weight) if isinstance(weight, NF4Weight) else (weight, None)
+    return _LinearCrossEntropy.apply(hidden, dense, w4, labels, chunk_rows)
 
 
 def rows_at_a_time(rows: int, row_bytes: int) -> int:
@@ -171,7 +220,8 @@ def causal_lm_loss(
     hidden = decoder_of(model)(input_ids=input_ids, use_cache=False, **inputs).last_hidden_state
     shifted = nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORED).reshape(-1)
     head = model.get_output_embeddings()
-    total, correct = linear_cross_entropy(hidden.reshape(-1, hidden.shape[-1]), head.weight, shifted)
+    weight = head.nf4_weight if isinstance(head, NF4Linear) else head.weight
+    total, correct = linear_cross_entropy(hidden.reshape(-1, hidden.shape[-1]), weight, shifted)
     count = (shifted != IGNORED).sum()
     items = count if num_items is None else torch.as_tensor(num_items)
     return CausalLoss(total / items.clamp(min=1), correct.sum(), count)
@@ -190,8 +240,8 @@ def why_no_causal_loss(model: nn.Module) -> str | None:
     if getattr(model, "loss_type", None) != "ForCausalLM":
         return f"{type(model).__name__} computes another loss than the next token's"
     head = model.get_output_embeddings()
-    if type(head) is not nn.Linear or head.bias is not None:
-        return "its head is no plain nn.Linear without a bias"
+    if type(head) not in (nn.Linear, NF4Linear, TiedNF4Linear) or head.bias is not None:
+        return "its head is no plain nn.Linear or NF4Linear without a bias"
     if head._forward_hooks or head._forward_pre_hooks or "forward" in head.__dict__:
         return "something listens to its head"
     ids = torch.arange(PROBE_TOKENS, device=head.weight.device).unsqueeze(0) % head.out_features
