@@ -78,12 +78,12 @@ class NF4Weight:
 def split_rows(w4: NF4Weight, most: int) -> list[NF4Weight]:
     """A 4-bit matrix as several of some of its rows each; they share its memory.
 
-    A part begins where a group of scales does: at every row where 256 blocks are a divisor of a row, at every fourth
-    of 4096 elements in blocks of 64, seldom for odd sizes. So parts can be larger than asked for, or there is one.
+    A part begins at a row that begins a group of 256 blocks: every fourth one with rows of 4096 elements in blocks of
+    64; with odd sizes it can be the first alone, and the weight stays whole.
 
     Args:
         w4: a weight of shape `[rows, columns]`.
-        most: rows of a part, as near to it as its beginnings allow, and no fewer than lie between two of these.
+        most: rows of a part, unless two rows with which parts can begin are further apart.
 
     >>> w4 = quantize(torch.randn(40, 4096))
     >>> [list(part.shape) for part in split_rows(w4, 18)]

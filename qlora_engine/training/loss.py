@@ -9,6 +9,9 @@ A head in 4 bits is multiplied as any layer in 4 bits is. Where that decodes the
 kernels, its 16-bit copy would be as large as the logits were: so it is multiplied SLICE_BYTES of it at a time.
 """
 
+import contextlib
+import types
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -230,6 +233,24 @@ def causal_lm_loss(
 def decoder_of(model: nn.Module) -> nn.Module:
     """The part of a language model that gives the hidden states its head reads."""
     return getattr(model, model.base_model_prefix)
+
+
+@contextlib.contextmanager
+def decoded_head(model: nn.Module) -> Iterator[None]:
+    """Within this context a loss that multiplies with the head's weight itself, as TRL's does, finds numbers there.
+
+    A head in 4 bits is decoded, whole, when the loss asks the model for its head; for several processes, evaluation,
+    and models whose loss is not `causal_lm_loss`.
+    """
+    head = model.get_output_embeddings()
+    if not isinstance(head, NF4Linear):
+        yield
+        return
+    model.get_output_embeddings = lambda: types.SimpleNamespace(weight=head.dequantize(), bias=head.bias)
+    try:
+        yield
+    finally:
+        del model.get_output_embeddings
 
 
 def why_no_causal_loss(model: nn.Module) -> str | None:

@@ -17,7 +17,7 @@ from qlora_engine.models.adapter import load_adapter, save_adapter
 from qlora_engine.models.files import atomic_write
 from qlora_engine.optim import lora_plus_groups
 from qlora_engine.training.cuda_graphs import causal_attention
-from qlora_engine.training.loss import CausalLoss, causal_lm_loss
+from qlora_engine.training.loss import CausalLoss, causal_lm_loss, decoded_head
 from qlora_engine.training.memory import GIB, peak_memory
 from qlora_engine.training.methods import MethodSteps, load_checkpoint, method_of, save_checkpoint
 from qlora_engine.training.parallel import ParallelTraining, Ranks, agree
@@ -64,7 +64,8 @@ class QLoRATrainer(ParallelTraining, SFTTrainer):
             own = self._own_loss(inputs, num_items_in_batch)
             self._counts.add(own, inputs)
             return own.loss
-        found = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        with decoded_head(self.model):
+            found = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         penalty = self.method.penalty() if self.method is not None and model.training else None
         if penalty is None:
             return found
