@@ -146,6 +146,15 @@ def _owners(model: nn.Module) -> dict[int, list[str]]:
     return owners
 
 
+def _sharing(model: nn.Module, path: str) -> list[str]:
+    """Paths of the modules that share the weight of the one at `path`, or will once transformers ties the model."""
+    owners = set(_owners(model)[id(model.get_submodule(path).weight)])
+    tied = getattr(model, "all_tied_weights_keys", None) or {}
+    source = tied.get(f"{path}.weight", f"{path}.weight")
+    named = [name.removesuffix(".weight") for name in (source, *(n for n, s in tied.items() if s == source))]
+    return [one for one, _ in model.named_modules() if one in owners or one in named]
+
+
 def find_embedding(model: nn.Module, config: QLoRAConfig) -> tuple[str | None, str | None]:
     """The table that a configuration wants in 4 bits, and the head that is to go on sharing its weight.
 
@@ -168,7 +177,7 @@ def find_embedding(model: nn.Module, config: QLoRAConfig) -> tuple[str | None, s
     if any(matches_any(config.modules_to_save, parent) for parent in _parents(path)):
         raise TargetError(f"quantize_embeddings: modules_to_save asks to train {path} whole; leave one of them out")
     head = output_head(model)
-    others = [one for one in _owners(model)[id(embedding.weight)] if one != path]
+    others = [one for one in _sharing(model, path) if one != path]
     heads = [one for one in others if model.get_submodule(one) is head]
     if others != heads:
         raise TargetError(

@@ -18,8 +18,8 @@ class NF4Embedding(nn.Module):
     of the rows asked for are gathered and decoded, nothing else. Where `embedding_dim` is a multiple of the block
     size that is all; else a row begins and ends inside blocks, and the blocks that it touches are decoded.
 
-    It is no `nn.Embedding`, whose weight others read and write as numbers: transformers' `resize_token_embeddings`
-    refuses it. Change a vocabulary before it is quantized.
+    It is no `nn.Embedding`, whose weight others read and write as numbers. A vocabulary is changed before it is
+    quantized: transformers' `resize_token_embeddings` finds no rows in packed bytes, and fails.
 
     Args:
         num_embeddings: rows of the table.
