@@ -316,7 +316,12 @@ def _is_packed(model: nn.Module, name: str) -> bool:
     module, leaf = get_module_from_name(model, name)
     if isinstance(module, NF4Experts):
         return not leaf.endswith("_bias")
-    return isinstance(module, (NF4Linear, NF4Embedding)) and leaf in ("weight", "absmax", "nested_absmax", "nested_offset")
+    return isinstance(module, (NF4Linear, NF4Embedding)) and leaf in (
+        "weight",
+        "absmax",
+        "nested_absmax",
+        "nested_offset",
+    )
 
 
 def _acts_on(change, names: list[str]) -> bool:

@@ -5,9 +5,9 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import nn
 
+from qlora_engine.models.config import QLoRAConfig
 from qlora_engine.models.merge import plain_layer
 from qlora_engine.models.prepare import replace_module, retie, shared_places, tied_heads
-from qlora_engine.models.config import QLoRAConfig
 from qlora_engine.models.targets import expert_modules, find_embedding, linear_modules
 from qlora_engine.nn.nf4_embedding import NF4Embedding, TiedNF4Linear
 from qlora_engine.nn.nf4_experts import NF4Experts, expert_projections

@@ -1,4 +1,4 @@
-"""`NF4Embedding`: a table of vectors in 4 bits, of which only the rows asked for are decoded; and a head tied to it."""
+"""`NF4Embedding`: a table in 4 bits, of which the rows asked for alone are decoded; and an output head tied to it."""
 
 import math
 
@@ -24,7 +24,7 @@ class NF4Embedding(nn.Module):
     Args:
         num_embeddings: rows of the table.
         embedding_dim: their size.
-        padding_idx: row that stood for padding; kept for whoever asks. Nothing is trained here, so it changes nothing.
+        padding_idx: row that stood for padding, for whoever asks. Nothing is trained here, so it changes nothing.
         blocksize: elements of the table that share a scale; a power of two from 32 to 4096.
         double_quant: whether the scales are stored in 8 bits.
         device: where the tensors are made; "meta" makes a module to load a `state_dict` into with `assign=True`.
@@ -79,7 +79,7 @@ class NF4Embedding(nn.Module):
         """Quantizes a table; its 16-bit weight is released.
 
         Args:
-            embedding: an `nn.Embedding`, of no subclass, whose forward could do more. Afterwards its `weight` is None.
+            embedding: an `nn.Embedding`, of no subclass, which could do more. Afterwards its `weight` is None.
             blocksize: elements of the table that share a scale.
             double_quant: whether the scales are stored in 8 bits.
             scales: how they are found: "absmax", "search" or "signed", as in `qlora_engine.quantize`.
@@ -212,7 +212,9 @@ def why_not_quantizable(embedding: nn.Module) -> str | None:
     if embedding.weight is None:
         return "this table's weight was released when it was quantized before"
     if embedding.max_norm is not None:
-        return f"its vectors are normalized as they are read (max_norm={embedding.max_norm}), which frozen ones are not"
+        return (
+            f"its vectors are normalized as they are read (max_norm={embedding.max_norm}), which frozen ones are not"
+        )
     return None
 
 

@@ -11,7 +11,7 @@ kept by a layer        n norms + e (inputs + 2 queries + 2 keys + mlp_kept + ran
 backward of a layer    what it keeps, three tensors of its width (its output or the gradient of it, that of the
                        residual stream, that of the MLP's input), what the MLP works in, and a decoded weight
 loss, this engine's    the final normalization; its output and the gradient of that; some rows of logits (`loss.py`);
-                       of a head in 4 bits a part decoded, its logits by themselves, and a float32 gradient of the rows
+                       of a head in 4 bits a decoded part, its logits by themselves, and a float32 gradient of rows
 loss, TRL's            in float32 and e: the final normalization; the hidden states, those with a label, and the
                        float32 gradient of these; a tile of 4096 x 32768 logits; a head in 4 bits decoded
 """

@@ -111,7 +111,9 @@ def test_is_the_loss_of_a_model_with_a_head_in_four_bits(tied):
     own = model(input_ids=ids, labels=ids).loss
     ours = causal_lm_loss(model, ids, ids)
     assert torch.isclose(ours.loss, own, rtol=1e-5)
-    for one, other in zip(torch.autograd.grad(ours.loss, parameters), torch.autograd.grad(own, parameters), strict=True):
+    for one, other in zip(
+        torch.autograd.grad(ours.loss, parameters), torch.autograd.grad(own, parameters), strict=True
+    ):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
     model = qe.prepare(tiny.llama(), qe.QLoRAConfig(r=4, target_modules="lm_head"))
     assert "no plain" in why_no_causal_loss(model), "an adapter of the head would not be in the loss"
