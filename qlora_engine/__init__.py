@@ -11,6 +11,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "MergeReport": "qlora_engine.models.merge",
     "NF4Config": "qlora_engine.integrations.transformers",
+    "NF4Embedding": "qlora_engine.nn",
     "NF4Experts": "qlora_engine.nn",
     "NF4Linear": "qlora_engine.nn",
     "NF4Weight": "qlora_engine.quantization.weight",

@@ -42,7 +42,7 @@ def add_model_flags(parser: argparse.ArgumentParser, adapter: bool) -> None:
 
 
 def add_quantization_flags(parser: argparse.ArgumentParser) -> None:
-    """--blocksize, --double-quant and --scales, for models that are not quantized yet."""
+    """--blocksize, --double-quant, --scales and what else is quantized, for models that are not quantized yet."""
     parser.add_argument("--blocksize", type=int, default=64, metavar="N", help="elements that share one scale")
     parser.add_argument(
         "--double-quant", action=argparse.BooleanOptionalAction, default=True, help="quantize the scales as well"
@@ -53,6 +53,8 @@ def add_quantization_flags(parser: argparse.ArgumentParser) -> None:
         choices=("absmax", "search", "signed"),
         help="how scales are found: search leaves a lower error; signed a lower one still, with --no-double-quant",
     )
+    parser.add_argument("--quantize-embeddings", action="store_true", help="store the input embeddings in 4 bits too")
+    parser.add_argument("--quantize-head", action="store_true", help="store the output head in 4 bits too")
 
 
 def require(packages: tuple[str, ...], extra: str = "train") -> None:
@@ -93,15 +95,18 @@ def load_for_use(args: argparse.Namespace):
     from qlora_engine.training.errors import as_usage_error, out_of_memory_as_usage_error
     from qlora_engine.training.source import resolve_model
 
-    blocksize, double_quant = getattr(args, "blocksize", 64), getattr(args, "double_quant", True)
+    quantization = {
+        "blocksize": getattr(args, "blocksize", 64),
+        "double_quant": getattr(args, "double_quant", True),
+        "quantize_embeddings": getattr(args, "quantize_embeddings", False),
+        "quantize_head": getattr(args, "quantize_head", False),
+    }
     with as_usage_error():
-        config = QLoRAConfig(
-            r=0, blocksize=blocksize, double_quant=double_quant, scales=getattr(args, "scales", "absmax")
-        )
+        config = QLoRAConfig(r=0, scales=getattr(args, "scales", "absmax"), **quantization)
     device = choose_device(args.device)
     dtype = choose_dtype(args.dtype, device)
     folder = resolve_model(args.model)
-    need = memory.estimate(folder, compute_bytes=dtype.itemsize, r=0, blocksize=blocksize, double_quant=double_quant)
+    need = memory.estimate(folder, compute_bytes=dtype.itemsize, r=0, **quantization)
     memory.check_memory(need, str(device))
     with as_usage_error(), out_of_memory_as_usage_error(f"The model needs {need}"):
         tokenizer = AutoTokenizer.from_pretrained(folder)

@@ -17,7 +17,7 @@ EXAMPLE = """\
 # options of a run that decide its memory
 OPTIONS = ("r", "target_modules", "exclude_modules", "blocksize", "double_quant", "dtype", "max_length", "packing")
 OPTIONS += ("batch_size", "grad_accum", "optimizer", "optimizer_gpu_gib", "gradient_checkpointing", "activation_gib")
-OPTIONS += ("offload_activations", "liger", "cuda_graphs", "objective")
+OPTIONS += ("offload_activations", "liger", "cuda_graphs", "objective", "quantize_embeddings", "quantize_head")
 SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(?:g|gb|gib)?", re.IGNORECASE)
 
 

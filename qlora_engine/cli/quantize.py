@@ -6,7 +6,8 @@ from qlora_engine.cli.common import add_command, add_model_flags, add_quantizati
 
 DESCRIPTION = """\
 Quantizes a model's linear layers to NF4 and saves it as a folder that every command loads, in a fraction of the
-time and of the disk that the 16-bit model takes. Embeddings, head and norms stay as they are."""
+time and of the disk that the 16-bit model takes. Embeddings, head and norms stay as they are, unless
+--quantize-embeddings and --quantize-head are given."""
 EXAMPLE = "  qlora quantize --model HuggingFaceTB/SmolLM2-135M-Instruct --output smol-nf4"
 
 

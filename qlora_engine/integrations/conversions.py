@@ -5,7 +5,7 @@ from torch import nn
 from transformers.core_model_loading import ConversionOps
 from transformers.quantizers.quantizers_utils import get_module_from_name
 
-from qlora_engine.nn import NF4Experts, NF4Linear
+from qlora_engine.nn import NF4Embedding, NF4Experts, NF4Linear
 from qlora_engine.nn.nf4_linear import is_transposed_linear
 from qlora_engine.quantization.bnb_format import decode_fp4, from_bitsandbytes
 from qlora_engine.quantization.weight import quantize
@@ -40,7 +40,7 @@ class Quantize(_Placing):
             if isinstance(module, NF4Experts):
                 module.set_weights(leaf, value, scales)
             else:
-                value = value.T.contiguous() if module.fan_in_fan_out else value
+                value = value.T.contiguous() if getattr(module, "fan_in_fan_out", False) else value
                 module.set_nf4_weight(quantize(value, module.blocksize, module.double_quant, scales))
             _mark_loaded(module, name, missing_keys)
         return rest
@@ -61,7 +61,7 @@ class LoadBitsandbytes(_Placing):
             raise ValueError(f"the files lack the packed weight {full_layer_name}")
         rest = {key.removeprefix("weight."): value for key, value in parts.items()}
         module, leaf = get_module_from_name(model, full_layer_name)
-        if isinstance(module, NF4Linear) and leaf == "weight":
+        if isinstance(module, (NF4Linear, NF4Embedding)) and leaf == "weight":
             module.set_nf4_weight(from_bitsandbytes(full_layer_name, weight, rest))
             _mark_loaded(module, full_layer_name, missing_keys)
             return {}

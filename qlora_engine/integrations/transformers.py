@@ -26,9 +26,10 @@ from qlora_engine.integrations.conversions import LoadBitsandbytes, Quantize
 from qlora_engine.models import bnb_checkpoint
 from qlora_engine.models.checkpoint import QUANT_METHOD, quantization_settings
 from qlora_engine.models.config import QLoRAConfig
-from qlora_engine.models.skeleton import decode_modules, empty_modules
+from qlora_engine.models.prepare import untie
+from qlora_engine.models.skeleton import decode_modules, empty_modules, modules_to_quantize
 from qlora_engine.models.targets import find_experts, find_targets
-from qlora_engine.nn import NF4Experts, NF4Linear, QLoRALinear
+from qlora_engine.nn import NF4Embedding, NF4Experts, NF4Linear, QLoRALinear, TiedNF4Linear
 
 logger = logging.get_logger(__name__)
 
@@ -44,6 +45,7 @@ class NF4Config(QuantizationConfigMixin):
         skip_modules: patterns for linear layers and experts that stay in 16 bits, as in `QLoRAConfig`; None: the
             output head, layers with a shared weight, and those that transformers keeps in float32.
         experts: whether the stacked weights of a mixture of experts are quantized as well.
+        quantize_embeddings, quantize_head: whether the input embeddings and the output head are; tied ones together.
         save_format: what `save_pretrained` writes: "qlora_engine", or "bitsandbytes", which transformers loads with
             bitsandbytes, and servers such as vLLM load too.
         quant_method, format, modules: what a saved checkpoint says about itself; not for callers.
@@ -66,10 +68,13 @@ class NF4Config(QuantizationConfigMixin):
         quant_method: str = QUANT_METHOD,
         format: str = "nf4",
         modules: dict[str, dict] | None = None,
+        quantize_embeddings: bool = False,
+        quantize_head: bool = False,
     ):
         settings = QLoRAConfig(
             r=0, blocksize=blocksize, double_quant=double_quant, scales=scales, skip_modules=skip_modules
         )
+        self.quantize_embeddings, self.quantize_head = quantize_embeddings, quantize_head
         if save_format not in (QUANT_METHOD, bnb_checkpoint.BNB_METHOD):
             raise ValueError(
                 f"save_format is {save_format!r}; expected {QUANT_METHOD!r} or {bnb_checkpoint.BNB_METHOD!r}"
@@ -87,7 +92,14 @@ class NF4Config(QuantizationConfigMixin):
         if self.saved is not None:
             return copy.deepcopy(self.saved)
         names = ("quant_method", "format", "blocksize", "double_quant", "scales", "skip_modules", "experts")
-        return {name: getattr(self, name) for name in (*names, "save_format")}
+        names = (*names, "quantize_embeddings", "quantize_head", "save_format")
+        return {name: getattr(self, name) for name in names}
+
+    @property
+    def wanted(self) -> QLoRAConfig:
+        """What is to be quantized, as `prepare` takes it."""
+        names = ("blocksize", "double_quant", "scales", "skip_modules", "experts", "quantize_embeddings")
+        return QLoRAConfig(r=0, quantize_head=self.quantize_head, **{name: getattr(self, name) for name in names})
 
 
 @register_quantizer(QUANT_METHOD)
@@ -137,7 +149,7 @@ class NF4Quantizer(HfQuantizer):
         module, leaf = get_module_from_name(model, param_name)
         if isinstance(module, NF4Experts):
             return leaf in module.projections
-        return isinstance(module, NF4Linear) and leaf == "weight"
+        return isinstance(module, (NF4Linear, NF4Embedding)) and leaf == "weight"
 
     def param_element_size(self, model: nn.Module, param_name: str, param: torch.Tensor) -> float:
         """Bytes of an element on its device, by which `device_map="auto"` divides a model."""
@@ -157,10 +169,13 @@ class NF4Quantizer(HfQuantizer):
                 )
             modules = _under_own_names(model, modules)
         else:
-            wanted = QLoRAConfig(r=0, skip_modules=config.skip_modules, experts=config.experts)
+            wanted = config.wanted
             paths = [*find_targets(model, wanted)[0], *find_experts(model, wanted)]
             _refuse_tied(model, paths)
-            modules = {path: {"blocksize": config.blocksize, "double_quant": config.double_quant} for path in paths}
+            modules = modules_to_quantize(model, wanted, paths)
+            for path, options in modules.items():
+                if "tied_to" in options:
+                    untie(model, path)
         unknown = [path for path in modules if path not in dict(model.named_modules())]
         if unknown or not (modules or self.quantization_config.format == bnb_checkpoint.BNB_METHOD):
             raise ValueError(
@@ -257,8 +272,10 @@ def _expect_unquantized(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, NF4Experts):
             shapes = {name: (module.num_experts, *shape) for name, shape in module.shapes.items()}
-        elif isinstance(module, NF4Linear):
-            shapes = {"weight": (module.out_features, module.in_features)}
+        elif isinstance(module, TiedNF4Linear):
+            continue  # the embedding's
+        elif isinstance(module, (NF4Linear, NF4Embedding)):
+            shapes = {"weight": module.nf4_weight.shape}
         else:
             continue
         for name, shape in shapes.items():
@@ -299,7 +316,12 @@ def _is_packed(model: nn.Module, name: str) -> bool:
     module, leaf = get_module_from_name(model, name)
     if isinstance(module, NF4Experts):
         return not leaf.endswith("_bias")
-    return isinstance(module, NF4Linear) and leaf in ("weight", "absmax", "nested_absmax", "nested_offset")
+    return isinstance(module, (NF4Linear, NF4Embedding)) and leaf in (
+        "weight",
+        "absmax",
+        "nested_absmax",
+        "nested_offset",
+    )
 
 
 def _acts_on(change, names: list[str]) -> bool:

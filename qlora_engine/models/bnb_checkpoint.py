@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from qlora_engine.models.targets import linear_modules
+from qlora_engine.nn.nf4_embedding import NF4Embedding
 from qlora_engine.nn.nf4_experts import NF4Experts
 from qlora_engine.nn.nf4_linear import NF4Linear
 from qlora_engine.quantization.bnb_format import STATE_KEY, SUFFIXES, from_bitsandbytes, read_state, to_bitsandbytes
@@ -23,14 +24,13 @@ def bitsandbytes_tensors(model: nn.Module, tensors: Mapping[str, torch.Tensor]) 
         tensors: its state, or a part of it, by its own names.
 
     Raises:
-        ValueError: where the model has stacked experts in 4 bits, which bitsandbytes does not read.
+        ValueError: where the model has stacked experts or embeddings in 4 bits, which bitsandbytes does not read.
     """
     result = dict(tensors)
     for path, module in model.named_modules():
-        if isinstance(module, NF4Experts):
-            raise ValueError(
-                f"{path} are experts in 4 bits, for which bitsandbytes has no format; use this package's"
-            )
+        if isinstance(module, (NF4Experts, NF4Embedding)):
+            kind = "experts" if isinstance(module, NF4Experts) else "embeddings"
+            raise ValueError(f"{path} are {kind} in 4 bits, for which bitsandbytes has no format; use this package's")
         if isinstance(module, NF4Linear) and f"{path}.weight" in result:
             for scale in SCALE_NAMES:
                 result.pop(f"{path}.{scale}", None)

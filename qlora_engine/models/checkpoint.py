@@ -14,17 +14,19 @@ from qlora_engine.models import bnb_checkpoint
 from qlora_engine.models.adapter import CONFIG_FILE, load_adapter
 from qlora_engine.models.config import QLoRAConfig
 from qlora_engine.models.files import atomic_directory
-from qlora_engine.models.prepare import prepare, quantize_model, untie
+from qlora_engine.models.prepare import prepare, quantize_model, tied_heads, untie
 from qlora_engine.models.sharding import check_whole
 from qlora_engine.models.shards import Shards, find_shards, resolve_folder
-from qlora_engine.models.skeleton import empty_modules, quantizable
+from qlora_engine.models.skeleton import empty_modules, modules_to_quantize, quantizable
 from qlora_engine.models.streaming import checksums_of, stream
 from qlora_engine.models.targets import find_targets, kept_in_float32
+from qlora_engine.nn.nf4_embedding import NF4Embedding, TiedNF4Linear
 from qlora_engine.nn.nf4_experts import NF4Experts
 from qlora_engine.nn.nf4_linear import NF4Linear
 from qlora_engine.quantization.weight import quantize
 
 QUANT_METHOD = "qlora_engine"
+PACKED = (NF4Linear, NF4Embedding, NF4Experts)
 WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json")
 MAX_SHARD_SIZE = "4GB"
 
@@ -55,8 +57,7 @@ def save_quantized(
 
     model = getattr(model, "_orig_mod", model)  # torch.compile's wrapper has other names
     check_whole(model, "saved in 4 bits")
-    layers = {path: m for path, m in model.named_modules() if isinstance(m, (NF4Linear, NF4Experts))}
-    if not layers:
+    if not any(isinstance(module, PACKED) for module in model.modules()):
         raise ValueError("the model has no 4-bit layers; call qlora_engine.quantize_model on it first")
     if not hasattr(model, "config") or not hasattr(model.config, "save_pretrained"):
         raise TypeError(f"{type(model).__name__} has no transformers configuration; save its state_dict instead")
@@ -99,15 +100,14 @@ def quantization_settings(model: nn.Module, file_format: str = QUANT_METHOD) -> 
         raise ValueError(
             f"file_format is {file_format!r}; expected {QUANT_METHOD!r} or {bnb_checkpoint.BNB_METHOD!r}"
         )
-    return {
-        "quant_method": QUANT_METHOD,
-        "format": "nf4",
-        "modules": {
-            path: {"blocksize": layer.blocksize, "double_quant": layer.double_quant}
-            for path, layer in model.named_modules()
-            if isinstance(layer, (NF4Linear, NF4Experts))
-        },
+    modules = {
+        path: {"blocksize": layer.blocksize, "double_quant": layer.double_quant}
+        for path, layer in model.named_modules()
+        if isinstance(layer, PACKED)
     }
+    for head, table in tied_heads(model).items():
+        modules[head]["tied_to"] = table
+    return {"quant_method": QUANT_METHOD, "format": "nf4", "modules": modules}
 
 
 def check_no_adapter(directory: str | os.PathLike) -> None:
@@ -186,8 +186,7 @@ def load_quantized(
         modules = _read_modules(folder, model, quantization)
         model.qlora_config = QLoRAConfig(r=0)  # what was saved in 16 bits stays so: see left_by_default
     else:
-        paths, _, _ = find_targets(model, config)
-        modules = {p: {"blocksize": config.blocksize, "double_quant": config.double_quant} for p in paths}
+        modules = modules_to_quantize(model, config, find_targets(model, config)[0])
     sources = {path: untie(model, path) for path in modules}
     empty_modules(model, modules)
     with torch.no_grad():
@@ -196,8 +195,8 @@ def load_quantized(
         model.to(device)  # the buffers that no file holds
     target_dtype = dtype or next((p.dtype for p in model.parameters() if p.is_floating_point()), None)
     for layer in model.modules():
-        if isinstance(layer, NF4Linear) and target_dtype is not None:
-            layer.weight_dtype = target_dtype
+        if isinstance(layer, (NF4Linear, NF4Embedding)) and not isinstance(layer, TiedNF4Linear):
+            layer.weight_dtype = target_dtype or layer.weight_dtype
     model.config.dtype = target_dtype
     (prepare if config.r else quantize_model)(model, config)
     if adapter is not None:
@@ -227,7 +226,7 @@ def read_config(folder: Path) -> dict:
 
 
 def _read_modules(folder: Path, model: nn.Module, quantization: dict) -> dict[str, dict]:
-    """The 4-bit layers that `save_quantized` listed: path -> blocksize and double_quant."""
+    """The 4-bit layers that `save_quantized` listed: path -> blocksize, double_quant, and `tied_to` where tied."""
     modules, linears = quantization.get("modules"), quantizable(model)
     if quantization.get("format") != "nf4" or not isinstance(modules, dict):
         raise ValueError(
@@ -241,14 +240,16 @@ def _read_modules(folder: Path, model: nn.Module, quantization: dict) -> dict[st
                 "layer there"
             )
         try:
-            QLoRAConfig(**options)
-            complete = options.keys() == {"blocksize", "double_quant"}
+            rest = {key: value for key, value in options.items() if key != "tied_to"}
+            QLoRAConfig(**rest)
+            complete = rest.keys() == {"blocksize", "double_quant"}
+            complete &= "tied_to" not in options or options["tied_to"] in modules
         except (TypeError, ValueError):
             complete = False
         if not complete:
             raise ValueError(
                 f"{folder / 'config.json'}: the 4-bit layer {path!r} has {options!r}; expected a blocksize, which is "
-                "a power of two from 32 to 4096, and double_quant"
+                "a power of two from 32 to 4096, double_quant, and for a head that is tied to a table its path"
             )
     return modules
 
@@ -299,12 +300,14 @@ def _fill(
     from tqdm import tqdm
 
     expected = set(model.state_dict())
-    own_name = _own_names(model, expected)
+    heads = {f"{path}.weight" for path in tied_heads(model)}  # files may hold the shared weight once more
+    own_name = _own_names(model, expected | heads)
     filled = set()
     parts = {f"{weight}.{suffix}" for weight, suffixes in (weights or {}).items() for suffix in suffixes}
     stored = shards.tensors()
     wanted = [tensor for tensor in stored if tensor.name in parts or own_name(tensor.name) in expected]
-    unexpected = sorted({tensor.name for tensor in stored} - {tensor.name for tensor in wanted})
+    unexpected = {tensor.name for tensor in stored} - {tensor.name for tensor in wanted}
+    unexpected = sorted(name for name in unexpected if own_name(name) not in heads)
     nbytes = sum(tensor.nbytes for tensor in wanted)
     with tqdm(total=nbytes, unit="B", unit_scale=True, desc="loading", disable=not progress) as bar:
         tensors = stream(wanted, device)
@@ -316,7 +319,7 @@ def _fill(
             del tensor  # its memory is the next one's
     model.tie_weights()
     for path, source in sources.items():
-        if source in filled and f"{path}.weight" not in filled:
+        if source in filled and f"{path}.weight" not in filled | heads:
             _assign(model, f"{path}.weight", model.get_parameter(source), device, dtype, scales)
     empty = [n for n, t in model.state_dict().items() if t.is_meta]
     ignored = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or []
@@ -369,16 +372,16 @@ def _assign(
     path, _, leaf = name.rpartition(".")
     module = model.get_submodule(path)
     tensor = tensor if device is None else tensor.to(device)
-    if isinstance(module, NF4Linear) and leaf == "weight" and tensor.is_floating_point():
-        tensor = tensor.T.contiguous() if module.fan_in_fan_out else tensor
-        _check_shape(name, tensor, (module.out_features, module.in_features))
+    if isinstance(module, (NF4Linear, NF4Embedding)) and leaf == "weight" and tensor.is_floating_point():
+        tensor = tensor.T.contiguous() if getattr(module, "fan_in_fan_out", False) else tensor
+        _check_shape(name, tensor, module.nf4_weight.shape)
         module.set_nf4_weight(quantize(tensor, module.blocksize, module.double_quant, scales))
         return
     target = module._parameters.get(leaf)
     is_parameter = target is not None
     target = target if is_parameter else module._buffers[leaf]
     _check_shape(name, tensor, tuple(target.shape))
-    is_scale = isinstance(module, (NF4Linear, NF4Experts)) and not leaf.endswith("bias")
+    is_scale = isinstance(module, PACKED) and not leaf.endswith("bias")
     if tensor.is_floating_point() != target.is_floating_point() or (is_scale and tensor.dtype != target.dtype):
         raise ValueError(f"{name} is {tensor.dtype}; expected {target.dtype}")
     if tensor.is_floating_point() and not is_scale:

@@ -48,6 +48,10 @@ class QLoRAConfig:
         fused: let the projections of one input and gated MLPs act together (`models/grouping.py`), where the model's
             structure allows it; projections of one input then share a mask of dropout. False: every layer by itself.
         experts: store the stacked weights of a mixture of experts in 4 bits as well (`nn.NF4Experts`), frozen.
+        quantize_embeddings: store the table of the input embeddings in 4 bits as well (`nn.NF4Embedding`), frozen.
+        quantize_head: store the output head in 4 bits as well, frozen; it has an adapter only where
+            `target_modules` names it. A head that is tied to the embeddings goes on sharing their weight where both
+            are quantized.
 
     Raises:
         ValueError: where a value is out of range.
@@ -70,6 +74,8 @@ class QLoRAConfig:
     adapter_name: str = DEFAULT_ADAPTER
     fused: bool = True
     experts: bool = True
+    quantize_embeddings: bool = False
+    quantize_head: bool = False
 
     def __post_init__(self):
         if not isinstance(self.r, int) or self.r < 0:

@@ -9,8 +9,9 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from qlora_engine.models.prepare import replace_module, shared_places
+from qlora_engine.models.prepare import replace_module, retie, shared_places, tied_heads, untie
 from qlora_engine.models.sharding import check_whole
+from qlora_engine.nn.nf4_embedding import NF4Embedding, TiedNF4Linear
 from qlora_engine.nn.nf4_experts import NF4Experts
 from qlora_engine.nn.nf4_linear import NF4Linear
 from qlora_engine.nn.qlora_linear import QLoRALinear
@@ -138,7 +139,9 @@ def merge(
     if into not in (*DTYPES, "nf4"):
         raise ValueError(f"into={into!r}; expected one of {', '.join((*DTYPES, 'nf4'))}")
     check_whole(model, "merged")
-    layers = {path: m for path, m in model.named_modules() if isinstance(m, NF4Linear)}
+    tied = {} if into == "nf4" else tied_heads(model)
+    kinds = NF4Linear if into == "nf4" else (NF4Linear, NF4Embedding)
+    layers = {path: m for path, m in model.named_modules() if isinstance(m, kinds) and path not in tied}
     if not layers:
         raise ValueError("there is nothing to merge: the model has no 4-bit layers")
     chosen = _choose(layers, adapter_names)
@@ -154,7 +157,7 @@ def merge(
         _check_cast(model, into)
     report = MergeReport(into, tuple(dict.fromkeys(n for names in chosen.values() for n in names)), [])
     if keep_original:
-        report._originals = dict(layers)
+        report._originals = dict(layers) | {path: model.get_submodule(path) for path in tied}
         if into != "nf4":
             report._tensors = {name: p.data for name, p in _plain_tensors(model).items()}
             report._config_dtype = getattr(getattr(model, "config", None), "dtype", None)
@@ -163,6 +166,10 @@ def merge(
         new, entry = _merge_layer(path, layer, chosen[path], into)
         replace_module(model, path, new, places)
         report.layers.append(entry)
+    for path in tied:
+        head = model.get_submodule(path)
+        replace_module(model, path, plain_layer(head, None, DTYPES[into]).train(head.training), places)
+    retie(model, tied)
     if into != "nf4":
         _decode_experts(model, DTYPES[into], report if keep_original else None)
         _cast(model, DTYPES[into])
@@ -189,6 +196,8 @@ def unmerge(model: nn.Module, report: MergeReport) -> nn.Module:
     places = shared_places(model)
     for path, layer in report._originals.items():
         replace_module(model, path, layer, places)
+        if isinstance(layer, TiedNF4Linear):
+            untie(model, path)
     tensors = _plain_tensors(model)
     for name, data in report._tensors.items():
         tensors[name].data = data
@@ -231,7 +240,7 @@ def save_merged(model: nn.Module, directory: str | os.PathLike, tokenizer=None) 
     return Path(directory)
 
 
-def _choose(layers: dict[str, NF4Linear], names: str | Iterable[str] | None) -> dict[str, tuple[str, ...]]:
+def _choose(layers: dict[str, nn.Module], names: str | Iterable[str] | None) -> dict[str, tuple[str, ...]]:
     held = {path: getattr(layer, "adapters", {}) for path, layer in layers.items()}
     if names is None:
         return {path: getattr(layer, "active_adapters", ()) for path, layer in layers.items()}
@@ -244,7 +253,7 @@ def _choose(layers: dict[str, NF4Linear], names: str | Iterable[str] | None) -> 
 
 
 def _merged_weight(
-    layer: NF4Linear, names: tuple[str, ...]
+    layer: NF4Linear | NF4Embedding, names: tuple[str, ...]
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """float32: the decoded weight, the merged one, and the change (None without an adapter)."""
     weight = layer.dequantize(torch.float32)
@@ -287,13 +296,22 @@ def _decode_experts(model: nn.Module, dtype: torch.dtype, report: MergeReport | 
             report._originals[path] = experts
 
 
-def plain_layer(layer: NF4Linear, weight: torch.Tensor) -> nn.Module:
-    """An ordinary layer in the place of a 4-bit one: `nn.Linear`, or transformers' `Conv1D`.
+def plain_layer(
+    layer: NF4Linear | NF4Embedding, weight: torch.Tensor | None, dtype: torch.dtype | None = None
+) -> nn.Module:
+    """An ordinary layer in the place of a 4-bit one: `nn.Linear`, transformers' `Conv1D`, or `nn.Embedding`.
 
     Args:
-        layer: whose bias is taken over, in the dtype of `weight`.
-        weight: `[out_features, in_features]`, not copied.
+        layer: whose bias is taken over.
+        weight: `[out_features, in_features]`, or a table, not copied; None: one that is still to be put there.
+        dtype: of the bias; default: that of `weight`, or the bias's own.
     """
+    if weight is not None:
+        dtype = weight.dtype
+    if isinstance(layer, NF4Embedding):
+        new = nn.Embedding(layer.num_embeddings, layer.embedding_dim, layer.padding_idx, device="meta")
+        new.weight = nn.Parameter(weight, requires_grad=False)
+        return new
     if layer.fan_in_fan_out:
         from transformers.pytorch_utils import Conv1D
 
@@ -302,9 +320,9 @@ def plain_layer(layer: NF4Linear, weight: torch.Tensor) -> nn.Module:
         new.weight = nn.Parameter(weight.T.contiguous(), requires_grad=False)
     else:
         new = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
-        new.weight = nn.Parameter(weight, requires_grad=False)
+        new.weight = None if weight is None else nn.Parameter(weight, requires_grad=False)
     if layer.bias is not None:
-        new.bias = nn.Parameter(layer.bias.detach().to(weight.dtype), requires_grad=False)
+        new.bias = nn.Parameter(layer.bias.detach().to(dtype or layer.bias.dtype), requires_grad=False)
     elif layer.fan_in_fan_out:  # Conv1D adds its bias always
         new.bias = nn.Parameter(weight.new_zeros(layer.out_features), requires_grad=False)
     return new

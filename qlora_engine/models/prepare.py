@@ -9,7 +9,8 @@ from torch import nn
 from qlora_engine.models.adapters import set_adapters
 from qlora_engine.models.config import QLoRAConfig
 from qlora_engine.models.grouping import group_layers, ungroup_layers
-from qlora_engine.models.targets import find_experts, find_targets, matches, matches_any
+from qlora_engine.models.targets import find_embedding, find_experts, find_targets, matches, matches_any
+from qlora_engine.nn.nf4_embedding import NF4Embedding, TiedNF4Linear
 from qlora_engine.nn.nf4_experts import NF4Experts
 from qlora_engine.nn.nf4_linear import NF4Linear
 from qlora_engine.nn.qlora_linear import QLoRALinear
@@ -22,7 +23,7 @@ def prepare(
 
     Layers are converted one at a time, and each 16-bit weight is released before the next. A model that is
     already quantized gets the adapters only; the new adapter is then the only active and trainable one. The output
-    head and the embeddings stay in 16 bits by default.
+    head and the embeddings stay in 16 bits by default: see `QLoRAConfig.quantize_head` and `quantize_embeddings`.
 
     Args:
         model: any `nn.Module` with `nn.Linear` layers, or transformers' `Conv1D`.
@@ -40,6 +41,7 @@ def prepare(
     """
     config = config or QLoRAConfig()
     quantized, adapted, saved = find_targets(model, config)
+    embedding, head = find_embedding(model, config)
     stacked = find_experts(model, config)
     ranks = {path: _of_pattern(config.rank_pattern, path, config.r) for path in adapted}
     alphas = {path: _of_pattern(config.alpha_pattern, path, config.alpha) for path in adapted}
@@ -64,6 +66,8 @@ def prepare(
                 device=device,
             )
             replace_module(model, path, new, places)
+    if embedding is not None:
+        _quantize_embedding(model, embedding, head, config, device, places)
     for path in stacked:
         new = NF4Experts.from_experts(
             model.get_submodule(path),
@@ -95,6 +99,29 @@ def prepare(
     return model
 
 
+def _quantize_embedding(
+    model: nn.Module,
+    path: str,
+    head: str | None,
+    config: QLoRAConfig,
+    device: torch.device | str | None,
+    places: Mapping[str, Iterable[str]],
+) -> None:
+    """Puts the embeddings into 4 bits, and a head that is tied to them onto the same weight."""
+    new = NF4Embedding.from_embedding(
+        model.get_submodule(path),
+        blocksize=config.blocksize,
+        double_quant=config.double_quant,
+        scales=config.scales,
+        device=device,
+    )
+    replace_module(model, path, new, places)
+    if head is not None:
+        untie(model, head)
+        old = model.get_submodule(head)
+        replace_module(model, head, TiedNF4Linear(new, old.bias).train(old.training), places)
+
+
 def quantize_model(
     model: nn.Module, config: QLoRAConfig | None = None, device: torch.device | str | None = None
 ) -> nn.Module:
@@ -115,6 +142,27 @@ def untie(model: nn.Module, path: str) -> str | None:
     if source is not None and not tied:
         model.config.tie_word_embeddings = False
     return source
+
+
+def tied_heads(model: nn.Module) -> dict[str, str]:
+    """Paths of heads without a weight of their own -> of the 4-bit tables that they read."""
+    paths = {id(module): path for path, module in model.named_modules()}
+    return {p: paths[id(m.embedding)] for p, m in model.named_modules() if isinstance(m, TiedNF4Linear)}
+
+
+def retie(model: nn.Module, heads: Mapping[str, str]) -> None:
+    """Ordinary heads share the weights of ordinary tables again, and transformers knows it; undoes `untie`.
+
+    Args:
+        model: the model, in which both are ordinary layers by now.
+        heads: what `tied_heads` returned before they were.
+    """
+    for head, table in heads.items():
+        model.get_submodule(head).weight = model.get_submodule(table).weight
+        tied = getattr(model, "all_tied_weights_keys", None)
+        if tied is not None:
+            tied[f"{head}.weight"] = f"{table}.weight"
+            model.config.tie_word_embeddings = True
 
 
 def saved_modules(model: nn.Module) -> list[str]:

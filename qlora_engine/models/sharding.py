@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from qlora_engine.nn.nf4_embedding import NF4Embedding, TiedNF4Linear
 from qlora_engine.nn.nf4_experts import NF4Experts
 from qlora_engine.nn.nf4_linear import NF4Linear
 from qlora_engine.optim.sharded import is_sharded, part_of
@@ -145,7 +146,7 @@ def _bytes_as_parameters() -> Iterator[None]:
 
 def _scales_as_parameters(layer: nn.Module) -> None:
     """`fully_shard` shards parameters alone. The name in the layer, and in files, stays."""
-    names = ("absmax",) if isinstance(layer, NF4Linear) else ()
+    names = ("absmax",) if isinstance(layer, (NF4Linear, NF4Embedding)) else ()
     if isinstance(layer, NF4Experts):
         names = tuple(f"{projection}_absmax" for projection in layer.projections)
     for name in names:
@@ -161,7 +162,14 @@ def _lone_embeddings(model: nn.Module) -> list[nn.Module]:
         for parameter in module._parameters.values():
             if parameter is not None:
                 holders[id(parameter)] = holders.get(id(parameter), 0) + 1
-    return [m for m in model.modules() if type(m) is nn.Embedding and holders[id(m.weight)] == 1]
+    read_by_heads = {id(m.embedding) for m in model.modules() if isinstance(m, TiedNF4Linear)}
+    return [
+        m
+        for m in model.modules()
+        if (type(m) is nn.Embedding or isinstance(m, NF4Embedding))
+        and holders[id(m.weight)] == 1
+        and id(m) not in read_by_heads
+    ]
 
 
 def writes_files(model: nn.Module) -> bool:

@@ -6,6 +6,7 @@ import math
 import torch
 
 from qlora_engine import ops
+from qlora_engine.quantization.codebook import NESTED_BLOCKSIZE, blocks_of
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -72,6 +73,44 @@ class NF4Weight:
         return dataclasses.replace(
             self, packed=moved[0], absmax=moved[1], nested_absmax=moved[2], nested_offset=moved[3]
         )
+
+
+def split_rows(w4: NF4Weight, most: int) -> list[NF4Weight]:
+    """A 4-bit matrix as several of some of its rows each; they share its memory.
+
+    A part begins at a row that begins a group of 256 blocks: every fourth one with rows of 4096 elements in blocks of
+    64; with odd sizes it can be the first alone, and the weight stays whole.
+
+    Args:
+        w4: a weight of shape `[rows, columns]`.
+        most: rows of a part, unless two rows with which parts can begin are further apart.
+
+    >>> w4 = quantize(torch.randn(40, 4096))
+    >>> [list(part.shape) for part in split_rows(w4, 18)]
+    [[16, 4096], [16, 4096], [8, 4096]]
+    """
+    rows, columns = w4.shape
+    group = w4.blocksize * NESTED_BLOCKSIZE
+    step = group // math.gcd(columns, group) if columns else 1
+    size = max(1, most // step) * step
+    if size >= rows:
+        return [w4]
+    parts = []
+    for first in range(0, rows, size):
+        last = min(rows, first + size)
+        start, end = first * columns, last * columns
+        blocks = slice(start // w4.blocksize, blocks_of(end, w4.blocksize))
+        nested = w4.nested_absmax
+        parts.append(
+            dataclasses.replace(
+                w4,
+                packed=w4.packed[start // 2 : blocks_of(end, 2)],
+                absmax=w4.absmax[blocks],
+                nested_absmax=None if nested is None else nested[start // group : blocks_of(end, group)],
+                shape=(last - first, columns),
+            )
+        )
+    return parts
 
 
 SCALES = ("absmax", "search", "signed")

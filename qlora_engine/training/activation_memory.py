@@ -10,15 +10,16 @@ kept by a layer        n norms + e (inputs + 2 queries + 2 keys + mlp_kept + ran
 ... recomputed         e hidden T: its input alone; nothing where it waits in host memory
 backward of a layer    what it keeps, three tensors of its width (its output or the gradient of it, that of the
                        residual stream, that of the MLP's input), what the MLP works in, and a decoded weight
-loss, this engine's    the final normalization; its output and the gradient of that; some rows of logits (`loss.py`)
+loss, this engine's    the final normalization; its output and the gradient of that; some rows of logits (`loss.py`);
+                       of a head in 4 bits a decoded part, its logits by themselves, and a float32 gradient of rows
 loss, TRL's            in float32 and e: the final normalization; the hidden states, those with a label, and the
-                       float32 gradient of these; a tile of 4096 x 32768 logits
+                       float32 gradient of these; a tile of 4096 x 32768 logits; a head in 4 bits decoded
 """
 
 from dataclasses import dataclass
 
 from qlora_engine.training.architecture import Architecture, Layer
-from qlora_engine.training.loss import rows_at_a_time
+from qlora_engine.training.loss import SLICE_BYTES, rows_at_a_time
 
 FLOAT32 = 4
 TRL_TOKENS, TRL_COLUMNS = 4096, 32768  # of a tile of logits
@@ -99,8 +100,11 @@ def loss(model: Architecture, step: Step) -> int:
     e, T, hidden = step.element, step.tokens, model.hidden
     if step.own_loss:
         row = e * model.vocabulary
-        return T * hidden * (step.norm_bytes + 2 * e) + row * min(T, rows_at_a_time(T, row))
-    tile = e * min(T, TRL_TOKENS) * TRL_COLUMNS
+        rows = min(T, rows_at_a_time(T, row))
+        decoded = min(SLICE_BYTES, row * hidden) if model.packed_head else 0
+        of_part = decoded + decoded // hidden * rows + FLOAT32 * rows * hidden * model.packed_head
+        return T * hidden * (step.norm_bytes + 2 * e) + row * rows + of_part
+    tile = e * min(T, TRL_TOKENS) * TRL_COLUMNS + e * model.vocabulary * hidden * model.packed_head
     return T * hidden * (step.norm_bytes + 2 * e) + T * hidden * (FLOAT32 + e) + tile
 
 

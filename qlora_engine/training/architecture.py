@@ -8,7 +8,7 @@ from torch import nn
 
 from qlora_engine.models.config import QLoRAConfig
 from qlora_engine.models.grouping import ATTENTIONS, GATED_MLPS, PACKED_MLPS
-from qlora_engine.models.targets import find_experts, find_targets, is_linear, kept_in_float32
+from qlora_engine.models.targets import find_embedding, find_experts, find_targets, is_linear, kept_in_float32
 from qlora_engine.nn.nf4_experts import expert_projections
 from qlora_engine.nn.nf4_linear import is_transposed_linear
 from qlora_engine.quantization.codebook import NESTED_BLOCKSIZE, blocks_of
@@ -78,13 +78,14 @@ class Architecture:
         name: of the model's class.
         parameters: elements of the model, tensors that are shared counted once.
         quantized: bytes of the 4-bit matrices with their scales.
-        rest: elements of everything else: embeddings, head, norms, biases.
+        rest: elements of everything else: norms, biases, and embeddings and head unless they are in 4 bits.
         rest_float32: elements among `rest` that stay in float32.
         adapters: elements of each adapter matrix.
         layers: the decoder layers.
         hidden: width of the residual stream.
         vocabulary: rows of the output head.
         plain_head: whether logits are the product of the last hidden states with the head, and nothing else.
+        packed_head: whether the head is in 4 bits.
         fused_attention: whether attention is torch's scaled_dot_product_attention.
         notes: what the estimate does not know of this model.
     """
@@ -99,6 +100,7 @@ class Architecture:
     hidden: int
     vocabulary: int
     plain_head: bool = True
+    packed_head: bool = False
     fused_attention: bool = True
     notes: tuple[str, ...] = ()
 
@@ -156,6 +158,9 @@ def architecture_of(model: nn.Module, config: QLoRAConfig) -> Architecture:
     quantized, adapted, saved = find_targets(model, config)
     ranks = dict.fromkeys(adapted, config.r)
     packed = {f"{path}.weight": 1 for path in quantized}  # name of a 4-bit weight -> matrices in it
+    embedding, tied_head = find_embedding(model, config)
+    if embedding is not None:
+        packed[f"{embedding}.weight"] = 1
     for path in find_experts(model, config):
         experts = model.get_submodule(path)
         packed |= {f"{path}.{name}": experts.num_experts for name in expert_projections(experts)}
@@ -192,6 +197,7 @@ def architecture_of(model: nn.Module, config: QLoRAConfig) -> Architecture:
         layers=layers,
         hidden=text.hidden_size,
         vocabulary=head.weight.shape[0] if head is not None else 0,
+        packed_head=tied_head is not None or any(model.get_submodule(path) is head for path in quantized),
         plain_head=head is not None and head.bias is None and not any(_acts(text, name) for name in LOGIT_CHANGES),
         fused_attention=not eager,
         notes=tuple(notes),

@@ -31,7 +31,7 @@ class Estimate:
 
     Attributes:
         weights: 4-bit matrices with their scales.
-        rest: embeddings, head, norms and biases.
+        rest: embeddings, head, norms and biases, as far as they are not in 4 bits.
         adapters: the adapters' parameters.
         optimizer: its state on the GPU.
         optimizer_host: its state in host memory, which is not in `allocated`.
@@ -173,6 +173,8 @@ def architecture_for(options: FinetuneOptions) -> Architecture:
             exclude_modules=options.exclude_modules,
             blocksize=options.blocksize,
             double_quant=options.double_quant,
+            quantize_embeddings=options.quantize_embeddings,
+            quantize_head=options.quantize_head,
         ),
     )
 

@@ -75,6 +75,8 @@ def finetune(options: FinetuneOptions) -> FinetuneResult:
         r=options.r,
         blocksize=options.blocksize,
         double_quant=options.double_quant,
+        quantize_embeddings=options.quantize_embeddings,
+        quantize_head=options.quantize_head,
     )
     memory.check_memory(need, str(device))
 

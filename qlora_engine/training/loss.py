@@ -4,17 +4,27 @@ With 128,256 words the logits of 8,192 tokens take 2 GiB in 16 bits and 4 GiB in
 Here CHUNK_BYTES of them exist at a time, are overwritten with their gradient, and give the gradient of the hidden
 states at once (the idea is that of Liger-Kernel's fused linear cross-entropy). Nothing waits for the GPU, so a step
 can be captured into a CUDA graph. Losses are summed, or given row by row for objectives that weigh them afterwards.
+
+A head in 4 bits is multiplied as any layer in 4 bits is. Where that decodes the weight, as on GPUs without the fused
+kernels, its 16-bit copy would be as large as the logits were: so it is multiplied SLICE_BYTES of it at a time.
 """
 
+import contextlib
+import types
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 from torch import nn
 
-from qlora_engine import kernels
+from qlora_engine import kernels, ops
 from qlora_engine.functional import compute_dtype
+from qlora_engine.nn.nf4_embedding import TiedNF4Linear
+from qlora_engine.nn.nf4_linear import NF4Linear
+from qlora_engine.quantization.weight import NF4Weight, split_rows
 
 CHUNK_BYTES = 128 << 20
+SLICE_BYTES = 256 << 20  # of a 4-bit head, decoded: the whole of 32,000 words of 4,096, a quarter of 128,256
 # Rows below which a product with the head is bound by reading the head: an H100 takes as long for fewer
 LEAST_ROWS = 256
 IGNORED = -100  # transformers' label of tokens that do not count
@@ -57,32 +67,72 @@ def _rows(logits: torch.Tensor):
     return _rows_in_torch
 
 
-class _LinearCrossEntropy(torch.autograd.Function):
-    """`apply(hidden, weight, labels, chunk_rows, summed)`: losses, float32 [M], or their sum; correct, int32 [M].
+class _Head:
+    """The products with a head of ordinary numbers."""
 
-    A row's gradient is made in forward for a factor of 1, and scaled in backward. The weight's is a sum over rows:
-    made in forward as well where all rows will have one factor, else in backward from logits computed again.
+    def __init__(self, weight: torch.Tensor, dtype: torch.dtype):
+        self.matrix = weight.to(dtype)
+
+    def logits(self, hidden: torch.Tensor, storage: torch.Tensor) -> torch.Tensor:
+        return torch.mm(hidden, self.matrix.T, out=storage)
+
+    def grad_hidden(self, grad: torch.Tensor, out: torch.Tensor) -> None:
+        torch.mm(grad, self.matrix, out=out)
+
+
+class _PackedHead:
+    """The products with a head in 4 bits, a part of the vocabulary at a time."""
+
+    def __init__(self, w4: NF4Weight, dtype: torch.dtype):
+        self.parts = split_rows(w4, SLICE_BYTES // (w4.shape[1] * dtype.itemsize))
+
+    def logits(self, hidden: torch.Tensor, storage: torch.Tensor) -> torch.Tensor:
+        for part, columns in self._columns():
+            storage[:, columns] = ops.linear_nf4(hidden, *part.arguments, part.shape[0])
+        return storage
+
+    def grad_hidden(self, grad: torch.Tensor, out: torch.Tensor) -> None:
+        total = torch.zeros(out.shape, dtype=torch.float32, device=out.device)
+        for part, columns in self._columns():
+            total += ops.linear_nf4_backward(grad[:, columns].contiguous(), *part.arguments, out.shape[1])
+        out.copy_(total)
+
+    def _columns(self):
+        first = 0
+        for part in self.parts:
+            yield part, slice(first, first + part.shape[0])
+            first += part.shape[0]
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    """`apply(hidden, weight, w4, labels, chunk_rows, summed)`: losses, float32 [M], or their sum; correct, int32 [M].
+
+    One of weight and w4 is None: a tensor, or an `NF4Weight`, which has no gradient. A row's gradient is made in
+    forward for a factor of 1, and scaled in backward. The weight's is a sum over rows: made in forward as well where
+    all rows will have one factor, else in backward from logits computed again.
     """
 
     @staticmethod
-    def forward(ctx, hidden, weight, labels, chunk_rows, summed):
+    def forward(ctx, hidden, weight, w4, labels, chunk_rows, summed):
         M, dtype = hidden.shape[0], compute_dtype(hidden)
-        wide, matrix = hidden.to(dtype), weight.to(dtype)
+        wide = hidden.to(dtype)
+        head = _Head(weight, dtype) if w4 is None else _PackedHead(w4, dtype)
+        vocabulary = (weight if w4 is None else w4).shape[0]
         needs_hidden, needs_weight = ctx.needs_input_grad[:2]
         at_once = needs_weight and summed
         losses = torch.empty(M, dtype=torch.float32, device=hidden.device)
         correct = torch.empty(M, dtype=torch.int32, device=hidden.device)
         grad_hidden = torch.empty_like(wide) if needs_hidden else None
         grad_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device) if needs_weight else None
-        for rows, logits in _chunks_of_logits(wide, matrix, chunk_rows):
+        for rows, logits in _chunks_of_logits(wide, head, vocabulary, chunk_rows):
             _rows(logits)(logits, labels[rows], losses[rows], correct[rows], IGNORED, needs_hidden or at_once)
             if needs_hidden:
-                torch.mm(logits, matrix, out=grad_hidden[rows])
+                head.grad_hidden(logits, grad_hidden[rows])
             if at_once:
                 grad_weight += logits.T @ wide[rows]
         ctx.grads = grad_hidden, grad_weight
-        ctx.again = (wide, matrix, labels, chunk_rows) if needs_weight and not summed else None
-        ctx.dtypes = hidden.dtype, weight.dtype
+        ctx.again = (wide, head, labels, chunk_rows) if needs_weight and not summed else None
+        ctx.dtypes = hidden.dtype, None if weight is None else weight.dtype
         ctx.mark_non_differentiable(correct)
         return losses.sum() if summed else losses, correct
 
@@ -96,28 +146,29 @@ class _LinearCrossEntropy(torch.autograd.Function):
         if grad_hidden is not None:
             grad_hidden = grad_hidden.mul_(factors).to(ctx.dtypes[0])
         if ctx.again is not None:
-            wide, matrix, labels, chunk_rows = ctx.again
+            wide, head, labels, chunk_rows = ctx.again
             losses, correct = torch.empty_like(grad), torch.empty_like(grad, dtype=torch.int32)
-            for rows, logits in _chunks_of_logits(wide, matrix, chunk_rows):
+            for rows, logits in _chunks_of_logits(wide, head, grad_weight.shape[0], chunk_rows):
                 _rows(logits)(logits, labels[rows], losses[rows], correct[rows], IGNORED, True)
                 grad_weight += logits.mul_(factors[rows]).T @ wide[rows]
         elif grad_weight is not None:
             grad_weight.mul_(grad)
-        return grad_hidden, grad_weight if grad_weight is None else grad_weight.to(ctx.dtypes[1]), None, None, None
+        grad_weight = grad_weight if grad_weight is None else grad_weight.to(ctx.dtypes[1])
+        return grad_hidden, grad_weight, None, None, None, None
 
 
-def _chunks_of_logits(hidden: torch.Tensor, weight: torch.Tensor, chunk_rows: int):
+def _chunks_of_logits(hidden: torch.Tensor, head, vocabulary: int, chunk_rows: int):
     """(rows, their logits) one after another, in memory that all of them share."""
     M = hidden.shape[0]
-    storage = hidden.new_empty(min(chunk_rows, M), weight.shape[0])
+    storage = hidden.new_empty(min(chunk_rows, M), vocabulary)
     for first in range(0, M, chunk_rows):
         rows = slice(first, min(first + chunk_rows, M))
-        yield rows, torch.mm(hidden[rows], weight.T, out=storage[: rows.stop - first])
+        yield rows, head.logits(hidden[rows], storage[: rows.stop - first])
 
 
 def linear_cross_entropy(
     hidden: torch.Tensor,
-    weight: torch.Tensor,
+    weight: torch.Tensor | NF4Weight,
     labels: torch.Tensor,
     chunk_rows: int | None = None,
     *,
@@ -131,7 +182,7 @@ def linear_cross_entropy(
 
     Args:
         hidden: float16, bfloat16 or float32 `[M, H]`.
-        weight: `[V, H]`, in the compute dtype or rounded to it.
+        weight: `[V, H]`, in the compute dtype or rounded to it; or in 4 bits, frozen.
         labels: int64 `[M]`; rows with -100 do not count.
         chunk_rows: rows at a time; default: `rows_at_a_time`.
         reduction: "sum", or "none" for the losses of the rows.
@@ -150,7 +201,7 @@ def linear_cross_entropy(
     """
     if (
         hidden.dim() != 2
-        or weight.dim() != 2
+        or len(weight.shape) != 2
         or hidden.shape[1] != weight.shape[1]
         or labels.shape != hidden.shape[:1]
     ):
@@ -162,7 +213,8 @@ def linear_cross_entropy(
         raise ValueError(f"reduction is {reduction!r}; expected 'sum' or 'none'")
     if chunk_rows is None:
         chunk_rows = rows_at_a_time(hidden.shape[0], weight.shape[0] * compute_dtype(hidden).itemsize)
-    return _LinearCrossEntropy.apply(hidden, weight, labels, chunk_rows, reduction == "sum")
+    dense, w4 = (None, weight) if isinstance(weight, NF4Weight) else (weight, None)
+    return _LinearCrossEntropy.apply(hidden, dense, w4, labels, chunk_rows, reduction == "sum")
 
 
 def rows_at_a_time(rows: int, row_bytes: int) -> int:
@@ -215,7 +267,8 @@ def _next_token_losses(model, input_ids, labels, inputs, reduction):
     """(sum or losses, correct, the labels that the positions predict), all but the sum of [B * T]."""
     hidden = decoder_of(model)(input_ids=input_ids, use_cache=False, **inputs).last_hidden_state
     shifted = nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORED).reshape(-1)
-    weight = model.get_output_embeddings().weight
+    head = model.get_output_embeddings()
+    weight = head.nf4_weight if isinstance(head, NF4Linear) else head.weight
     losses, correct = linear_cross_entropy(hidden.reshape(-1, hidden.shape[-1]), weight, shifted, reduction=reduction)
     return losses, correct, shifted
 
@@ -223,6 +276,24 @@ def _next_token_losses(model, input_ids, labels, inputs, reduction):
 def decoder_of(model: nn.Module) -> nn.Module:
     """The part of a language model that gives the hidden states its head reads."""
     return getattr(model, model.base_model_prefix)
+
+
+@contextlib.contextmanager
+def decoded_head(model: nn.Module) -> Iterator[None]:
+    """Within this context a loss that multiplies with the head's weight itself, as TRL's does, finds numbers there.
+
+    A head in 4 bits is decoded, whole, when the loss asks the model for its head; for several processes, evaluation,
+    and models whose loss is not `causal_lm_loss`.
+    """
+    head = model.get_output_embeddings()
+    if not isinstance(head, NF4Linear):
+        yield
+        return
+    model.get_output_embeddings = lambda: types.SimpleNamespace(weight=head.dequantize(), bias=head.bias)
+    try:
+        yield
+    finally:
+        del model.get_output_embeddings
 
 
 def why_no_causal_loss(model: nn.Module) -> str | None:
@@ -233,8 +304,8 @@ def why_no_causal_loss(model: nn.Module) -> str | None:
     if getattr(model, "loss_type", None) != "ForCausalLM":
         return f"{type(model).__name__} computes another loss than the next token's"
     head = model.get_output_embeddings()
-    if type(head) is not nn.Linear or head.bias is not None:
-        return "its head is no plain nn.Linear without a bias"
+    if type(head) not in (nn.Linear, NF4Linear, TiedNF4Linear) or head.bias is not None:
+        return "its head is no plain nn.Linear or NF4Linear without a bias"
     if head._forward_hooks or head._forward_pre_hooks or "forward" in head.__dict__:
         return "something listens to its head"
     ids = torch.arange(PROBE_TOKENS, device=head.weight.device).unsqueeze(0) % head.out_features

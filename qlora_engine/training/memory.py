@@ -12,8 +12,9 @@ GIB = 2**30
 # bytes an adapter's parameter takes in training: float32 value and gradient, two float32 moments of AdamW
 ADAPTER_TRAINING_BYTES = 16
 DTYPE_BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "U8": 1, "I8": 1, "BOOL": 1, "F8_E4M3": 1}
-# parts of the names of matrices that stay in 16 bits: embeddings and output heads
+# parts of the names of matrices that stay in 16 bits, embeddings and output heads, unless the latter are asked for
 UNQUANTIZED = ("embed", "lm_head", "wte", "wpe", "shared.", "score.", "classifier")
+EMBEDDINGS, HEADS = ("embed_tokens", "embed_in", "word_embeddings", "wte"), ("lm_head", "embed_out")
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,7 @@ class MemoryNeed:
 
     Attributes:
         quantized: 4-bit matrices with their scales.
-        rest: embeddings, head and norms in the compute dtype.
+        rest: embeddings, head and norms in the compute dtype, unless they are quantized.
         adapter: adapters, with gradients and optimizer state where they are trained.
         transient: the largest matrix in its stored dtype, alive while it is quantized.
     """
@@ -64,19 +65,29 @@ def tensor_headers(folder: str | Path) -> dict[str, tuple[str, tuple[int, ...]]]
     return found
 
 
-def estimate(folder: str | Path, *, compute_bytes: int, r: int, blocksize: int, double_quant: bool) -> MemoryNeed:
+def estimate(
+    folder: str | Path,
+    *,
+    compute_bytes: int,
+    r: int,
+    blocksize: int,
+    double_quant: bool,
+    quantize_embeddings: bool = False,
+    quantize_head: bool = False,
+) -> MemoryNeed:
     """The least memory that fine-tuning (r > 0) or loading (r = 0) a model needs.
 
     Args:
         folder: a Hugging Face folder, in 16 bits or quantized by this engine.
         compute_bytes: bytes an element of the unquantized tensors takes once loaded.
         r: rank of adapters on all linear layers; 0: none.
-        blocksize, double_quant: of the quantization.
+        blocksize, double_quant, quantize_embeddings, quantize_head: of the quantization.
     """
     from qlora_engine.quantization.codebook import bits_per_weight
 
     quantized = rest = adapter = transient = 0
     bytes_per_weight = bits_per_weight(blocksize, double_quant) / 8
+    asked_for = EMBEDDINGS * quantize_embeddings + HEADS * quantize_head
     for name, (dtype, shape) in tensor_headers(folder).items():
         count = 1
         for size in shape:
@@ -84,13 +95,17 @@ def estimate(folder: str | Path, *, compute_bytes: int, r: int, blocksize: int, 
         stored = count * DTYPE_BYTES.get(dtype, 4)
         if dtype == "U8":
             quantized += stored
-        elif len(shape) == 2 and name.endswith("weight") and not any(part in name for part in UNQUANTIZED):
+        elif len(shape) == 2 and name.endswith("weight") and (_has(name, asked_for) or not _has(name, UNQUANTIZED)):
             quantized += int(count * bytes_per_weight)
-            adapter += r * sum(shape) * ADAPTER_TRAINING_BYTES
+            adapter += 0 if _has(name, asked_for) else r * sum(shape) * ADAPTER_TRAINING_BYTES
             transient = max(transient, stored)
         else:
             rest += count * compute_bytes
     return MemoryNeed(quantized, rest, adapter, transient)
+
+
+def _has(name: str, parts: tuple[str, ...]) -> bool:
+    return any(part in name for part in parts)
 
 
 def available_memory(device: str) -> int:

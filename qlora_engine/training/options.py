@@ -76,6 +76,8 @@ class FinetuneOptions:
         "how scales are found: search leaves a lower error; signed a lower one still, with --no-double-quant",
         choices=("absmax", "search", "signed"),
     )
+    quantize_embeddings: bool = option(False, "store the input embeddings in 4 bits as well")
+    quantize_head: bool = option(False, "store the output head in 4 bits as well")
     # data
     max_length: int = option(1024, "tokens a sequence is cut to", minimum=8)
     packing: bool = option(False, "put several examples in one sequence (they do not see each other)")

@@ -10,7 +10,7 @@ from trl import SFTConfig
 
 from qlora_engine.models.checkpoint import load_quantized
 from qlora_engine.models.config import QLoRAConfig
-from qlora_engine.nn import NF4Linear
+from qlora_engine.nn import QLoRALinear
 from qlora_engine.optim import PagedAdamW
 from qlora_engine.training import step
 from qlora_engine.training.checkpoints import CHECKPOINTS
@@ -56,6 +56,8 @@ def load_base(
         blocksize=options.blocksize,
         double_quant=options.double_quant,
         scales=options.scales,
+        quantize_embeddings=options.quantize_embeddings,
+        quantize_head=options.quantize_head,
     )
     set_seed(options.seed)  # the adapters' first values
     with as_usage_error():
@@ -67,12 +69,12 @@ def load_base(
 
 
 def check_head(model: torch.nn.Module) -> None:
-    """Raises UsageError where the output head is in 4 bits or adapted."""
+    """Raises UsageError where the output head has an adapter."""
     head = model.get_output_embeddings()
-    if isinstance(head, NF4Linear):
+    if isinstance(head, QLoRALinear) and head.adapters:
         raise UsageError(
-            "the output head cannot be quantized or adapted here: the loss is computed from its 16-bit weight; "
-            "take it out of --target-modules"
+            "the output head cannot have an adapter here: the loss is computed from its weight alone; take it out of "
+            "--target-modules"
         )
 
 

@@ -247,6 +247,8 @@ class _Runner:
             r=0,
             blocksize=options.blocksize,
             double_quant=options.double_quant,
+            quantize_embeddings=options.quantize_embeddings,
+            quantize_head=options.quantize_head,
         )
         memory.check_memory(need, str(self.device))
         self.model, self.tokenizer = recipe.load_base(options, folder, self.device, self.dtype)

@@ -1,11 +1,12 @@
 """Counts what a prepared model takes."""
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
 from torch import nn
 
-from qlora_engine.nn import NF4Linear
+from qlora_engine.nn import NF4Embedding, NF4Linear
 
 
 @dataclass(frozen=True)
@@ -16,7 +17,7 @@ class ModelSizes:
         parameters: of the base model.
         trainable: parameters that are trained.
         bytes_16bit: the base model with 2 bytes a parameter.
-        bytes_4bit: the base model as it is held: 4-bit linear layers with their scales; the rest at 2 bytes.
+        bytes_4bit: the base model as it is held: 4-bit layers with their scales; the rest at 2 bytes.
     """
 
     parameters: int
@@ -30,9 +31,9 @@ def model_sizes(model: nn.Module) -> ModelSizes:
     parameters = packed_bytes = quantized = 0
     inside = set()
     for module in model.modules():
-        if isinstance(module, NF4Linear):
+        if isinstance(module, (NF4Linear, NF4Embedding)) and id(module.weight) not in inside:
             weight = module.nf4_weight
-            quantized += module.in_features * module.out_features
+            quantized += math.prod(weight.shape)
             packed_bytes += weight.nbytes
             inside.add(id(module.weight))
     trainable = 0

@@ -17,6 +17,7 @@ from qlora_engine.models.adapter import load_adapter, save_adapter
 from qlora_engine.models.files import atomic_write
 from qlora_engine.optim import lora_plus_groups
 from qlora_engine.training.cuda_graphs import causal_attention
+from qlora_engine.training.loss import decoded_head
 from qlora_engine.training.memory import GIB, peak_memory
 from qlora_engine.training.methods import MethodSteps, load_checkpoint, method_of, save_checkpoint
 from qlora_engine.training.objective import REWARDS, Objective
@@ -61,7 +62,7 @@ class QLoRATrainer(ParallelTraining, SFTTrainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         if return_outputs:
-            found = super().compute_loss(model, inputs, True, num_items_in_batch)
+            found = self.trl_loss(model, inputs, num_items_in_batch, True)
         else:
             found = self.objective.loss(self, model, inputs, num_items_in_batch)
         penalty = self.method.penalty() if self.method is not None and model.training else None
@@ -71,9 +72,10 @@ class QLoRATrainer(ParallelTraining, SFTTrainer):
         share = penalty if num_items_in_batch is None else penalty / self.args.gradient_accumulation_steps
         return (found[0] + share, found[1]) if return_outputs else found + share
 
-    def trl_loss(self, model, inputs, num_items_in_batch=None):
+    def trl_loss(self, model, inputs, num_items_in_batch=None, return_outputs=False):
         """TRL's loss of a batch, with its own figures."""
-        return super().compute_loss(model, inputs, False, num_items_in_batch)
+        with decoded_head(self.model):
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
     @contextlib.contextmanager
     def own_pass(self, inputs: dict) -> Iterator[dict]:

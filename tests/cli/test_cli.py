@@ -102,6 +102,18 @@ def test_quantize_then_generate_is_the_same_model(here):
     assert here("generate", "--model", "tiny-nf4", *WORDS) == here("generate", "--model", "tiny", *WORDS)
 
 
+def test_quantize_embeddings_and_head(place, here):
+    from safetensors import safe_open
+
+    flags = ("--quantize-embeddings", "--quantize-head")
+    printed = here("quantize", "--model", "tiny", "--output", "tiny-all", "--dtype", "fp32", *flags)
+    tensors = safe_open(place / "tiny-all" / "model.safetensors", "pt")
+    held = sum(tensors.get_tensor(name).nbytes * (1 if "norm" not in name else 0.5) for name in tensors.keys())  # noqa: SIM118
+    assert f"in 4 bits   {held / 2**20:,.1f} MiB" in printed
+    assert "lm_head.weight" not in tensors.keys()  # noqa: SIM118
+    assert here("generate", "--model", "tiny-all", *WORDS) == here("generate", "--model", "tiny", *flags, *WORDS)
+
+
 @pytest.mark.parametrize("flags", [["--scales", "search"], ["--scales", "signed", "--no-double-quant"]])
 def test_quantize_with_other_scales(place, here, flags):
     from safetensors import safe_open

@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import qlora_engine as qe
-from qlora_engine.nn import NF4Experts, NF4Linear
+from qlora_engine.nn import NF4Experts, NF4Linear, TiedNF4Linear
 from tests.models import tiny
 
 transformers = pytest.importorskip("transformers")
@@ -74,6 +74,36 @@ def test_loads_saves_loads_again_and_decodes(kind, device, tmp_path):
     torch.testing.assert_close(logits(again), expected, rtol=1e-4, atol=1e-5)
     again.save_pretrained(tmp_path / "decoded")
     torch.testing.assert_close(logits(tiny.loaded(tmp_path / "decoded", device)), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_embeddings_and_head(kind, tied, tmp_path):
+    both = {"quantize_embeddings": True, "quantize_head": True}
+    model = saved(kind, tmp_path / "plain", tie_word_embeddings=tied)
+    loaded = AutoModel.from_pretrained(tmp_path / "plain", quantization_config=qe.NF4Config(**both))
+    expected = qe.quantize_model(model, qe.QLoRAConfig(**both))
+    assert loaded.state_dict().keys() == expected.state_dict().keys()
+    assert isinstance(loaded.get_input_embeddings(), qe.NF4Embedding)
+    assert isinstance(loaded.get_output_embeddings(), TiedNF4Linear) == tied
+    assert torch.equal(logits(loaded), logits(expected))
+    with pytest.raises(ValueError, match="not enough values"):  # transformers' words: packed bytes have no rows
+        loaded.resize_token_embeddings(200)
+
+    loaded.save_pretrained(tmp_path / "packed")
+    expected = logits(loaded)
+    for again in (
+        AutoModel.from_pretrained(tmp_path / "packed"),
+        qe.load_quantized(tmp_path / "packed", progress=False),
+    ):
+        assert torch.equal(logits(again), expected)
+        assert isinstance(again.get_output_embeddings(), TiedNF4Linear) == tied
+    again = AutoModel.from_pretrained(tmp_path / "packed")
+    again.dequantize()
+    again.save_pretrained(tmp_path / "decoded")
+    plain = AutoModel.from_pretrained(tmp_path / "decoded")
+    assert (plain.get_output_embeddings().weight is plain.get_input_embeddings().weight) == tied
+    torch.testing.assert_close(logits(plain), expected, rtol=1e-4, atol=1e-5)
 
 
 class LiveBytes(TorchDispatchMode):

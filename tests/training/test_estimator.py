@@ -30,8 +30,10 @@ from qlora_engine.optim import PagedAdamW
 from qlora_engine.training import activation_memory, estimator
 from qlora_engine.training.architecture import architecture_of, read_architecture
 from qlora_engine.training.errors import ModelError, UsageError
+from qlora_engine.training.loss import SLICE_BYTES
 from qlora_engine.training.memory import GIB
 from qlora_engine.training.options import FinetuneOptions
+from qlora_engine.training.sizes import model_sizes
 from tests.training.live_bytes import LiveBytes
 
 SMALL = {
@@ -105,6 +107,33 @@ def test_weights_and_adapters_are_those_of_the_prepared_model(make, settings):
         codes += sum(own)
     rest = sum(p.nbytes for p in model.parameters()) - adapters - codes
     assert (found.weights, found.rest, found.adapters) == (packed, rest, adapters)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("settings", [{}, {"double_quant": False}])
+def test_embeddings_and_head_in_four_bits(tied, settings):
+    config = QLoRAConfig(r=4, quantize_embeddings=True, quantize_head=True, **settings)
+    model = llama(tie_word_embeddings=tied)
+    found = architecture_of(model, config)
+    assert found.packed_head
+    assert found.adapters == architecture_of(llama(tie_word_embeddings=tied), QLoRAConfig(r=4)).adapters
+    qe.prepare(model, config)
+    state = {name: t for name, t in model.state_dict().items() if "lora" not in name}
+    rest = {name: tensor for name, tensor in state.items() if "norm" in name}
+    assert found.quantized == sum(t.nbytes for t in state.values()) - sum(t.nbytes for t in rest.values())
+    assert found.rest == sum(t.numel() for t in rest.values())
+    sizes = model_sizes(model)
+    assert sizes.bytes_4bit == found.quantized + 2 * found.rest
+    assert sizes.parameters == found.parameters
+
+
+def test_a_head_in_four_bits_is_never_decoded_whole(large):
+    packed = dataclasses.replace(large, packed_head=True)
+    step = activation_memory.Step(1, 8192)
+    more = activation_memory.loss(packed, step) - activation_memory.loss(large, step)
+    assert SLICE_BYTES < more < 0.4 * 2 * large.hidden * large.vocabulary
+    trls = dataclasses.replace(step, own_loss=False)
+    assert activation_memory.loss(packed, trls) - activation_memory.loss(large, trls) == 2 * 4096 * 128256
 
 
 @pytest.mark.parametrize("bits", [32, 8])

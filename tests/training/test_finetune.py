@@ -6,11 +6,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from qlora_engine.nn import TiedNF4Linear
 from qlora_engine.training import FinetuneOptions, Interrupted, UsageError
 from qlora_engine.training.data import load_rows
 from qlora_engine.training.errors import DataError, MemoryShortage, ModelError, OptionError
 from qlora_engine.training.finetune import finetune
+from qlora_engine.training.loss import causal_lm_loss, decoded_head
 from qlora_engine.training.recipe import build_trainer, load_model
+from qlora_engine.training.sizes import model_sizes
 from tests.training.tiny_llm import COLOURS, THINGS, pairs, save_model, write_jsonl
 
 
@@ -237,6 +240,23 @@ def test_without_held_out_rows(options, tmp_path):
     result = finetune(options(eval_fraction=0, max_steps=2))
     assert result.summary["eval_loss"] is None
     assert "held-out loss" not in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_with_embeddings_and_head_in_four_bits(options, tmp_path):
+    """A tied model: TRL's loss for the evaluations, this engine's for the steps."""
+    result = finetune(options(max_steps=20, r=8, quantize_embeddings=True, quantize_head=True))
+    model, summary = result.model, result.summary
+    assert isinstance(model.lm_head, TiedNF4Linear)
+    assert "get_output_embeddings" not in model.__dict__
+    assert summary["eval_loss"]["after"] < summary["eval_loss"]["before"] - 1
+    assert summary["bytes"]["model_4bit"] == model_sizes(model).bytes_4bit
+    row = torch.tensor([[5, 6, 7, 8, 9]])
+    own = causal_lm_loss(model, row, row).loss
+    with decoded_head(model):
+        weight = model.get_output_embeddings().weight
+    hidden = model.model(row).last_hidden_state
+    expected = torch.nn.functional.cross_entropy((hidden @ weight.T)[0, :-1], row[0, 1:])
+    assert float(own.detach()) == pytest.approx(float(expected.detach()), rel=1e-4)
 
 
 @pytest.mark.gpu

@@ -2,6 +2,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import qlora_engine as qe
+from qlora_engine import quantize
+from qlora_engine.quantization.weight import split_rows
+from qlora_engine.training import loss
 from qlora_engine.training.loss import (
     IGNORED,
     causal_lm_loss,
@@ -113,6 +117,52 @@ def test_wrong_shapes_are_named():
         linear_cross_entropy(torch.randn(4, 8), torch.randn(9, 7), torch.zeros(4, dtype=torch.int64))
     with pytest.raises(ValueError, match="reduction is 'mean'"):
         linear_cross_entropy(torch.randn(4, 8), torch.randn(9, 8), torch.zeros(4).long(), reduction="mean")
+
+
+@pytest.mark.parametrize("double_quant", [True, False])
+@pytest.mark.parametrize("dtype", BOUNDS)
+@pytest.mark.parametrize(
+    ("M", "H", "V", "most"), [(37, 64, 515, 4), (37, 64, 515, 1 << 20), (9, 256, 131, 1), (5, 24, 31, 1)]
+)
+def test_a_head_in_four_bits(device, dtype, M, H, V, most, double_quant, monkeypatch, poisoned_memory):
+    """A part of the vocabulary at a time, or all: against float64 of the decoded weight."""
+    w4 = quantize(torch.randn(V, H, dtype=dtype, device=device), double_quant=double_quant)
+    monkeypatch.setattr(loss, "SLICE_BYTES", most * H * dtype.itemsize)
+    parts = split_rows(w4, most)
+    assert (len(parts) > 1) == (most < V and H >= 64)
+    assert torch.equal(torch.cat([part.dequantize() for part in parts]), w4.dequantize())
+    hidden = torch.randn(M, H, dtype=dtype, device=device).requires_grad_()
+    labels = torch.randint(V, (M,), device=device)
+    labels[::3] = IGNORED
+    total, correct = linear_cross_entropy(hidden, w4, labels, 8)
+    (total * 0.5).backward()
+    wide = hidden.detach().double().requires_grad_()
+    expected, expected_correct = wide_loss(wide, w4.dequantize(dtype).double(), labels)
+    (expected * 0.5).backward()
+    assert float(total.detach()) == pytest.approx(float(expected.detach()), rel=BOUNDS[dtype])
+    assert relative_rms(hidden.grad, wide.grad) < BOUNDS[dtype]
+    if dtype == torch.float32:
+        assert torch.equal(correct.bool(), expected_correct)
+    with torch.no_grad():
+        assert torch.equal(linear_cross_entropy(hidden, w4, labels, 8)[0], total.detach())
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_is_the_loss_of_a_model_with_a_head_in_four_bits(tied):
+    config = qe.QLoRAConfig(r=4, quantize_embeddings=True, quantize_head=True)
+    model = qe.prepare(tiny.llama(tie_word_embeddings=tied), config)
+    assert why_no_causal_loss(model) is None
+    ids = torch.randint(tiny.VOCABULARY, (2, 9))
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    own = model(input_ids=ids, labels=ids).loss
+    ours = causal_lm_loss(model, ids, ids)
+    assert torch.isclose(ours.loss, own, rtol=1e-5)
+    for one, other in zip(
+        torch.autograd.grad(ours.loss, parameters), torch.autograd.grad(own, parameters), strict=True
+    ):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+    model = qe.prepare(tiny.llama(), qe.QLoRAConfig(r=4, target_modules="lm_head"))
+    assert "no plain" in why_no_causal_loss(model), "an adapter of the head would not be in the loss"
 
 
 @pytest.mark.parametrize("num_items", [None, 11])

@@ -2,7 +2,10 @@
 
 import dataclasses
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -105,6 +108,36 @@ def test_two_processes_prefer_as_one_does(options, tmp_path):
             torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-4)
 
 
+def test_accelerate_launch(options, tmp_path):
+    """Its launcher for several GPUs, with its FSDP flags, on CPUs: a sharded run with the losses of one process.
+
+    With embeddings and head in 4 bits, of which TRL's loss asks for the head within the sharded forward.
+    """
+    short = dataclasses.replace(options, max_steps=2, eval_fraction=0.0, samples=0, save_every=0)
+    short = dataclasses.replace(short, quantize_embeddings=True, quantize_head=True)
+    single = finetune(short)
+    launched = dataclasses.replace(short, batch_size=2, output=str(tmp_path / "launched"))
+    (tmp_path / "run.yaml").write_text(launched.to_yaml())
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", "--num_machines", "1"]
+    command += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    command += ["--use_fsdp", "--fsdp_version", "2", "-m", "qlora_engine.cli.main", "finetune"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    ran = subprocess.run(
+        [*command, "--config", str(tmp_path / "run.yaml")],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=180,
+        check=False,
+    )
+    assert ran.returncode == 0, ran.stderr[-3000:]
+    assert ran.stdout.count("training loss") == 1, "the first process speaks"
+    folder = tmp_path / "launched"
+    assert json.loads((folder / "before.json").read_text())["ranks"] == 2
+    assert figures(folder, "loss") == pytest.approx(figures(single.output, "loss"), rel=1e-4)
+    assert (folder / "adapter" / "adapter_model.safetensors").is_file()
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -126,8 +159,6 @@ def test_accelerate_launch_with_fsdp_shards_by_this_engine(options, monkeypatch)
         monkeypatch.setenv(name, value)
     ranks = find_ranks(options)
     assert (ranks.index, ranks.size, ranks.local, ranks.sharded, ranks.first) == (3, 4, 1, True, False)
-    import os
-
     assert "ACCELERATE_USE_FSDP" not in os.environ, "Trainer would shard once more"
     assert not find_ranks(dataclasses.replace(options, sharding="none")).sharded
     with pytest.raises(OptionError, match="expected auto, cuda or cpu"):
