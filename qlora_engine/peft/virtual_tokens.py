@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from qlora_engine.models.peft_format import HEADS, TASKS
-from qlora_engine.nn import NF4Linear
+from qlora_engine.nn import NF4Embedding, NF4Linear
 from qlora_engine.peft.base import Method, MethodConfig, MethodError, applied
 from qlora_engine.peft.values import TrainedValues
 
@@ -80,6 +80,10 @@ class VirtualTokensMethod(Method):
             raise MethodError(
                 f"{config.name} puts virtual tokens before one text; {kind} is an encoder and a decoder. "
                 "Methods that change layers, such as BitFit, can be applied to it"
+            )
+        if isinstance(embeddings, NF4Embedding):
+            raise MethodError(
+                f"{config.name} begins at embeddings in 16 bits; prepare {kind} without quantize_embeddings"
             )
         other = next((m for m in applied(model) if isinstance(m, VirtualTokensMethod)), None)
         if other is not None:

@@ -24,7 +24,7 @@ from qlora_engine.nn.nf4_linear import NF4Linear
 from qlora_engine.quantization.weight import NF4Weight, split_rows
 
 CHUNK_BYTES = 128 << 20
-SLICE_BYTES = 256 << 20  # of a 4-bit head, decoded: the whole of 32,000 words of 4,096, a quarter of 128,256
+SLICE_BYTES = 64 << 20  # of a 4-bit head, decoded: 8,192 words of 4,096, which still fill an H100
 # Rows below which a product with the head is bound by reading the head: an H100 takes as long for fewer
 LEAST_ROWS = 256
 IGNORED = -100  # transformers' label of tokens that do not count

@@ -131,7 +131,7 @@ def test_a_head_in_four_bits_is_never_decoded_whole(large):
     packed = dataclasses.replace(large, packed_head=True)
     step = activation_memory.Step(1, 8192)
     more = activation_memory.loss(packed, step) - activation_memory.loss(large, step)
-    assert SLICE_BYTES < more < 0.4 * 2 * large.hidden * large.vocabulary
+    assert SLICE_BYTES < more < 0.1 * 2 * large.hidden * large.vocabulary
     trls = dataclasses.replace(step, own_loss=False)
     assert activation_memory.loss(packed, trls) - activation_memory.loss(large, trls) == 2 * 4096 * 128256
 
