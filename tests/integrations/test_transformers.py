@@ -78,11 +78,11 @@ def test_loads_saves_loads_again_and_decodes(kind, device, tmp_path):
 
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
-def test_embeddings_and_head(kind, tied, tmp_path):
+def test_embeddings_and_head(kind, tied, device, tmp_path):
     both = {"quantize_embeddings": True, "quantize_head": True}
     model = saved(kind, tmp_path / "plain", tie_word_embeddings=tied)
-    loaded = AutoModel.from_pretrained(tmp_path / "plain", quantization_config=qe.NF4Config(**both))
-    expected = qe.quantize_model(model, qe.QLoRAConfig(**both))
+    loaded = tiny.loaded(tmp_path / "plain", device, quantization_config=qe.NF4Config(**both))
+    expected = qe.quantize_model(model.to(device), qe.QLoRAConfig(**both))
     assert loaded.state_dict().keys() == expected.state_dict().keys()
     assert isinstance(loaded.get_input_embeddings(), qe.NF4Embedding)
     assert isinstance(loaded.get_output_embeddings(), TiedNF4Linear) == tied
@@ -93,15 +93,15 @@ def test_embeddings_and_head(kind, tied, tmp_path):
     loaded.save_pretrained(tmp_path / "packed")
     expected = logits(loaded)
     for again in (
-        AutoModel.from_pretrained(tmp_path / "packed"),
-        qe.load_quantized(tmp_path / "packed", progress=False),
+        tiny.loaded(tmp_path / "packed", device),
+        qe.load_quantized(tmp_path / "packed", device=device, progress=False),
     ):
         assert torch.equal(logits(again), expected)
         assert isinstance(again.get_output_embeddings(), TiedNF4Linear) == tied
-    again = AutoModel.from_pretrained(tmp_path / "packed")
+    again = tiny.loaded(tmp_path / "packed", device)
     again.dequantize()
     again.save_pretrained(tmp_path / "decoded")
-    plain = AutoModel.from_pretrained(tmp_path / "decoded")
+    plain = tiny.loaded(tmp_path / "decoded", device)
     assert (plain.get_output_embeddings().weight is plain.get_input_embeddings().weight) == tied
     torch.testing.assert_close(logits(plain), expected, rtol=1e-4, atol=1e-5)
 
