@@ -164,10 +164,7 @@ def main() -> int:
         name = name.with_name(f"{name.name}_{args.path.replace(':', '_').replace(',', '_')}")
     harness.write_json(name.with_suffix(".json"), device, rows)
     picture(name.with_suffix(".png"), rows, dtype_name, harness.environment(device)["device"])
-    wrong = [row["case"] for row in rows if row.get("wrong")]
-    if wrong:
-        print(f"--check: error too large: {', '.join(wrong)}")
-    return 1 if wrong else 0
+    return harness.verdict(rows)
 
 
 if __name__ == "__main__":

@@ -222,10 +222,7 @@ def main() -> int:
     series = {"ours_ms": "qlora_engine", "ours_graph_ms": "qlora_engine, graph", "frozen_ms": "frozen 16-bit layers"}
     title = f"Forward and backward with adapters, {harness.environment(args.device)['device']}"
     harness.bars(path.with_suffix(".png"), rows, "case", series | {"peft_ms": "PEFT + bitsandbytes"}, "ms", title)
-    wrong = [row["case"] for row in rows if row.get("wrong")]
-    if wrong:
-        print(f"--check: error too large: {', '.join(wrong)}")
-    return 1 if wrong else 0
+    return harness.verdict(rows)
 
 
 if __name__ == "__main__":

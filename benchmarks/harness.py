@@ -137,6 +137,14 @@ def write_json(path: Path, device: str, rows: list[dict], say: bool = True, **mo
         print(f"wrote {path}")
 
 
+def verdict(rows: list[dict]) -> int:
+    """The exit code of a benchmark: 1, with the cases that --check found wrong, or 0."""
+    wrong = [row["case"] for row in rows if row.get("wrong")]
+    if wrong:
+        print(f"--check: error too large: {', '.join(wrong)}")
+    return 1 if wrong else 0
+
+
 def slug(device: str) -> str:
     """Name of the device for a file: "h100", "cpu"."""
     if device == "cpu":

@@ -50,6 +50,18 @@ def delete_adapter(model: nn.Module, name: str) -> None:
 
 
 @contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Within this context a model is in evaluation mode; afterwards each of its modules is in the mode it was in."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+@contextlib.contextmanager
 def adapters_disabled(model: nn.Module) -> Iterator[None]:
     """Within this context the model computes what the frozen 4-bit base computes.
 

@@ -52,30 +52,19 @@ def prepare(
                 "delete the old one with qlora_engine.delete_adapter"
             )
     places, earlier = shared_places(model), saved_modules(model)
+    how = {name: getattr(config, name) for name in ("blocksize", "double_quant", "scales")} | {"device": device}
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     for path in quantized:
         layer = model.get_submodule(path)
         if not isinstance(layer, NF4Linear):
             untie(model, path)
-            new = NF4Linear.from_linear(
-                layer,
-                blocksize=config.blocksize,
-                double_quant=config.double_quant,
-                scales=config.scales,
-                device=device,
-            )
+            new = NF4Linear.from_linear(layer, **how)
             replace_module(model, path, new, places)
     if embedding is not None:
-        _quantize_embedding(model, embedding, head, config, device, places)
+        _quantize_embedding(model, embedding, head, how, places)
     for path in stacked:
-        new = NF4Experts.from_experts(
-            model.get_submodule(path),
-            blocksize=config.blocksize,
-            double_quant=config.double_quant,
-            scales=config.scales,
-            device=device,
-        )
+        new = NF4Experts.from_experts(model.get_submodule(path), **how)
         replace_module(model, path, new, places)
     if device is not None:
         model.to(device)
@@ -103,18 +92,11 @@ def _quantize_embedding(
     model: nn.Module,
     path: str,
     head: str | None,
-    config: QLoRAConfig,
-    device: torch.device | str | None,
+    how: dict,
     places: Mapping[str, Iterable[str]],
 ) -> None:
     """Puts the embeddings into 4 bits, and a head that is tied to them onto the same weight."""
-    new = NF4Embedding.from_embedding(
-        model.get_submodule(path),
-        blocksize=config.blocksize,
-        double_quant=config.double_quant,
-        scales=config.scales,
-        device=device,
-    )
+    new = NF4Embedding.from_embedding(model.get_submodule(path), **how)
     replace_module(model, path, new, places)
     if head is not None:
         untie(model, head)

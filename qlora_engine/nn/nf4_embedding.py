@@ -6,12 +6,13 @@ import torch
 from torch import nn
 
 from qlora_engine import ops
-from qlora_engine.nn.nf4_linear import QUANTIZED_BUFFERS, NF4Linear, apply_beside_scales
+from qlora_engine.nn.nf4_linear import QUANTIZED_BUFFERS, NF4Linear
+from qlora_engine.nn.nf4_matrix import NF4Matrix, apply_beside_scales
 from qlora_engine.quantization.codebook import NESTED_BLOCKSIZE, blocks_of
 from qlora_engine.quantization.weight import NF4Weight, quantize
 
 
-class NF4Embedding(nn.Module):
+class NF4Embedding(NF4Matrix, nn.Module):
     """`y = W[ids]` with W `[num_embeddings, embedding_dim]` stored in 4 bits, frozen.
 
     The weight is plain tensors, as in `NF4Linear`: the whole table in blocks of its flat order. The bytes and scales
@@ -110,36 +111,9 @@ class NF4Embedding(nn.Module):
         return module
 
     @property
-    def nf4_weight(self) -> NF4Weight:
-        """The weight; it shares the module's tensors."""
-        return NF4Weight(
-            self.weight,
-            self.absmax,
-            self.nested_absmax,
-            self.nested_offset,
-            (self.num_embeddings, self.embedding_dim),
-            self.blocksize,
-            self.weight_dtype,
-        )
-
-    def set_nf4_weight(self, w4: NF4Weight) -> None:
-        """Replaces the weight; the new tensors are taken over, not copied.
-
-        Raises:
-            ValueError: where the shape is another.
-        """
-        if tuple(w4.shape) != (self.num_embeddings, self.embedding_dim):
-            raise ValueError(
-                f"the new weight has shape {list(w4.shape)}; expected [{self.num_embeddings}, {self.embedding_dim}]"
-            )
-        self.weight = nn.Parameter(w4.packed, requires_grad=False)
-        self.absmax, self.nested_absmax, self.nested_offset = w4.absmax, w4.nested_absmax, w4.nested_offset
-        self.blocksize, self.weight_dtype = w4.blocksize, w4.dtype
-
-    @property
-    def double_quant(self) -> bool:
-        """Whether the scales are stored in 8 bits."""
-        return self.nested_absmax is not None
+    def matrix_shape(self) -> tuple[int, int]:
+        """Of the decoded table."""
+        return self.num_embeddings, self.embedding_dim
 
     def dequantize(self, dtype: torch.dtype | None = None) -> torch.Tensor:
         """The decoded table `[num_embeddings, embedding_dim]`; default dtype: that of the output."""

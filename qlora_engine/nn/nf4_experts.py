@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from qlora_engine import functional
-from qlora_engine.nn.nf4_linear import apply_beside_scales
+from qlora_engine.nn.nf4_matrix import apply_beside_scales
 from qlora_engine.quantization.codebook import NESTED_BLOCKSIZE, blocks_of
 from qlora_engine.quantization.weight import NF4Weight, quantize
 

@@ -1,12 +1,12 @@
 """`NF4Linear`: a linear layer with a frozen 4-bit weight."""
 
 import math
-from collections.abc import Callable, Iterable
 
 import torch
 from torch import nn
 
 from qlora_engine import functional
+from qlora_engine.nn.nf4_matrix import NF4Matrix, apply_beside_scales
 from qlora_engine.quantization.codebook import NESTED_BLOCKSIZE, blocks_of
 from qlora_engine.quantization.weight import NF4Weight, quantize
 
@@ -18,7 +18,7 @@ def is_transposed_linear(module: nn.Module) -> bool:
     return type(module).__name__ == "Conv1D" and hasattr(module, "nf") and module.weight.dim() == 2
 
 
-class NF4Linear(nn.Linear):
+class NF4Linear(NF4Matrix, nn.Linear):
     """`y = x W.T + bias` with W stored in 4 bits, frozen.
 
     The weight is plain tensors: `weight` (uint8, a Parameter without gradient) and the buffers `absmax`,
@@ -135,36 +135,9 @@ class NF4Linear(nn.Linear):
         return module
 
     @property
-    def nf4_weight(self) -> NF4Weight:
-        """The weight; it shares the module's tensors."""
-        return NF4Weight(
-            self.weight,
-            self.absmax,
-            self.nested_absmax,
-            self.nested_offset,
-            (self.out_features, self.in_features),
-            self.blocksize,
-            self.weight_dtype,
-        )
-
-    def set_nf4_weight(self, w4: NF4Weight) -> None:
-        """Replaces the weight; the new tensors are taken over, not copied.
-
-        Raises:
-            ValueError: where the shape is another.
-        """
-        if tuple(w4.shape) != (self.out_features, self.in_features):
-            raise ValueError(
-                f"the new weight has shape {list(w4.shape)}; expected [{self.out_features}, {self.in_features}]"
-            )
-        self.weight = nn.Parameter(w4.packed, requires_grad=False)
-        self.absmax, self.nested_absmax, self.nested_offset = w4.absmax, w4.nested_absmax, w4.nested_offset
-        self.blocksize, self.weight_dtype = w4.blocksize, w4.dtype
-
-    @property
-    def double_quant(self) -> bool:
-        """Whether the scales are stored in 8 bits."""
-        return self.nested_absmax is not None
+    def matrix_shape(self) -> tuple[int, int]:
+        """Of the decoded weight."""
+        return self.out_features, self.in_features
 
     @property
     def W_q(self) -> nn.Parameter:
@@ -193,22 +166,3 @@ class NF4Linear(nn.Linear):
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
             f"nf4 blocks of {self.blocksize}, {scales}"
         )
-
-
-def apply_beside_scales(module: nn.Module, names: Iterable[str], fn: Callable, apply: Callable) -> nn.Module:
-    """`nn.Module._apply` for a module some of whose buffers move with it but keep their dtype.
-
-    Args:
-        module: the module.
-        names: of those buffers; a sharded one is a parameter, and left to `apply`.
-        fn: what `_apply` was called with.
-        apply: applies it to everything else.
-    """
-    scales = {name: module._buffers.pop(name) for name in names if name in module._buffers}
-    apply()
-    for name, scale in scales.items():
-        if scale is not None:
-            applied = fn(scale)
-            scale = applied if applied.dtype == scale.dtype else scale.to(applied.device)
-        module._buffers[name] = scale
-    return module

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from qlora_engine.models.adapters import evaluating
 from qlora_engine.peft.base import MethodError
 from qlora_engine.peft.blocks import features
 from qlora_engine.peft.parts import first_tensor
@@ -156,15 +157,12 @@ class _Tap(torch.autograd.Function):
 
 @contextlib.contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
-    training = [module for module in model.modules() if module.training]
     trained = [param for param in model.parameters() if param.requires_grad]
     for param in trained:  # other methods' parameters collect no gradients meanwhile
         param.requires_grad_(False)
-    model.eval()
     try:
-        yield
+        with evaluating(model):
+            yield
     finally:
-        for module in training:
-            module.training = True
         for param in trained:
             param.requires_grad_(True)

@@ -19,6 +19,7 @@ from torch import nn
 
 from qlora_engine import kernels, ops
 from qlora_engine.functional import compute_dtype
+from qlora_engine.models.adapters import evaluating
 from qlora_engine.nn.nf4_embedding import TiedNF4Linear
 from qlora_engine.nn.nf4_linear import NF4Linear
 from qlora_engine.quantization.weight import NF4Weight, split_rows
@@ -309,17 +310,12 @@ def why_no_causal_loss(model: nn.Module) -> str | None:
     if head._forward_hooks or head._forward_pre_hooks or "forward" in head.__dict__:
         return "something listens to its head"
     ids = torch.arange(PROBE_TOKENS, device=head.weight.device).unsqueeze(0) % head.out_features
-    training = [module for module in model.modules() if module.training]
-    model.eval()
     try:
-        with torch.no_grad():
+        with torch.no_grad(), evaluating(model):
             expected = model(input_ids=ids, use_cache=False).logits.float()
             actual = head(decoder_of(model)(input_ids=ids, use_cache=False).last_hidden_state).float()
     except Exception as error:  # a forward that takes other arguments
         return f"a forward of its decoder failed ({' '.join(str(error).split())})"
-    finally:
-        for module in training:
-            module.training = True
     if actual.shape != expected.shape or not float((actual - expected).norm()) <= PROBE_BOUND * float(
         expected.norm()
     ):

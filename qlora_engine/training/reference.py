@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
 from qlora_engine import peft
-from qlora_engine.models.adapters import adapters_disabled
+from qlora_engine.models.adapters import adapters_disabled, evaluating
 from qlora_engine.models.files import atomic_write
 from qlora_engine.training.data import ANSWERS
 
@@ -58,17 +58,12 @@ def add_reference(trainer, folder: Path, log_probs: Callable[[dict], torch.Tenso
 @contextlib.contextmanager
 def base_alone(model: torch.nn.Module) -> Iterator[None]:
     """Within this context a model is in evaluation mode and computes what its frozen base computes."""
-    training = [module for module in model.modules() if module.training]
     with contextlib.ExitStack() as stack:
         methods = [method.disabled() for method in reversed(peft.applied(model))]
         for disabled in methods or [adapters_disabled(model)]:  # those of `prepare` are no method
             stack.enter_context(disabled)
-        model.eval()
-        try:
-            yield
-        finally:
-            for module in training:
-                module.training = True
+        stack.enter_context(evaluating(model))
+        yield
 
 
 @torch.no_grad()
