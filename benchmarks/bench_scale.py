@@ -1,4 +1,4 @@
-"""Large models and long sequences on one GPU: 70B within 48 GiB, 123B within the card, 8B at 32k tokens.
+"""Large models and long sequences on one GPU: 70B within 48 GiB, 123B and 8B at 32k tokens within 80 GB.
 
     python benchmarks/bench_scale.py
     python benchmarks/bench_scale.py --only 70B --cap-gib 48
@@ -66,7 +66,7 @@ class Work:
 
     Attributes:
         model: key of MODELS.
-        cap_gib: memory that it has; None: the whole card.
+        cap_gib: memory that it has, or None, on a CPU.
         tokens: lengths of the one sequence of a step.
         longest: whether the longest that fits is looked for besides, from the last two lengths.
     """
@@ -82,9 +82,9 @@ def work_of(args) -> list[Work]:
     if args.device == "cpu":
         return [Work("tiny", None, (64, 128))]
     found = [
-        Work("8B", None, (32768,)),
+        Work("8B", args.card_gib, (32768,)),
         Work("70B", args.cap_gib, (512, 2048, 4096), longest=True),
-        Work("123B", None, (512, 4096)),
+        Work("123B", args.card_gib, (512, 4096)),
     ]
     return [work for work in found if args.only in (None, work.model)]
 
@@ -281,6 +281,7 @@ def main() -> int:
     p = harness.parser(*__doc__.split("\n\n", 1))
     p.add_argument("--only", choices=list(MODELS), help="one model alone")
     p.add_argument("--cap-gib", type=float, default=48.0, help="memory of the card that 70B is to fit")
+    p.add_argument("--card-gib", type=float, default=80e9 / GIB, help="and that 123B and 8B are (default: 80 GB)")
     args = p.parse_args()
     if args.device == "cuda":
         harness.require_compiled(["linear_nf4", "linear_nf4_backward", "adamw_step"], args.device)

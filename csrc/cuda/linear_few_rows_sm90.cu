@@ -1,69 +1,84 @@
-// Product with a 4-bit weight for up to 16 rows of x on Hopper: as linear.cu, but for who waits. A multiprocessor takes
-// one stretch of rows of W, and reads it by tile copies while everything else starts:
+// Product with a 4-bit weight for up to 16 rows of x on Hopper: as linear.cu, but for who waits. A multiprocessor takes a
+// stretch of rows of W and reads it by bulk copies, a stage of 8 rows (a panel) of 4,096 columns at a time, or 2,048 where
+// x has more than 8 rows:
 //
-//   warps 0 ... 15  multiply. A stage holds 1,024 columns of a panel of 8 kGroups rows; warp w takes 64 of them,
-//                   one block. mma.m16n8k16: A = 16 rows of x (kept in registers for a whole panel's rows),
-//                   B = 8 rows of W. A pair of codes becomes a B register by one look-up (pair_table.cuh).
-//   warp 16         copies W into the ring of stages, tiles of 128 bytes a row in the 128-byte swizzle. A group takes
-//                   every second of 16 rows, so that the 8-byte reads of a warp (4 rows x 32 bytes at a time) meet
-//                   no bank twice
-//   warps 17 ... 19 decode the scales of every third stage
+//   warps 0 ... 15  multiply. Of a stage's columns a warp takes 4 (or 2) blocks of 64. mma.m16n8k16: A = 16 rows of W, from
+//                   two stages; B = 8 rows of x, kept in registers while 4 panels go by. A pair of codes becomes an A
+//                   register by one permutation, which makes an address, and one look-up.
+//   warp 16         copies W into the ring of stages. Rows lie 32 bytes more than a multiple of 128 apart, so that the
+//                   8-byte reads of a warp (4 rows x 32 bytes at a time) meet no bank twice
+//   warps 17 ... 19 decode the scales of every third stage. They are read as early as W is: behind the copies that are
+//                   under way a load would wait for all of them
 //
-// The accumulators of a block are multiplied by its scale in float32; the 16 warps' sums meet in shared memory once a
-// panel and are added in a fixed order.
+// The accumulators of a block are multiplied by its scale in float32; the 16 warps' sums meet in shared memory once 4
+// panels and are added in a fixed order.
 //
-// Bound: bytes of W. x is read from the L2 by every multiprocessor once a panel: 2 M bytes a column, where W has
-// 4.1 kGroups.
+// Shared memory: the look-up table lies at a multiple of 64 KB, entries 256 bytes apart, so that a code is the second byte
+// of an address. The scales of a stage's 16 warps are in the upper halves of entries, stages before and behind the table.
+//
+// Bound: bytes of W. Where K is more than a stage's columns, x is read from the L2 again for every 4 panels: at 8 rows as
+// many bytes as W has, at 16 twice as many.
+#include <cstring>
+
+#include "copy_async.cuh"
 #include "launch.h"
 #include "pair_table.cuh"
 #include "sm90.cuh"
-#include "tensor_map.h"
 
 namespace qlora_engine::cuda {
 namespace {
 
-constexpr int kWarps = 16, kScaleWarps = 3;  // with the copying one 20, 5 a scheduler: 96 registers a thread
-constexpr int kThreads = (kWarps + 1 + kScaleWarps) * 32;
-constexpr int kColumns = 64;                // of a warp in a stage
-constexpr int kChunk = kWarps * kColumns;   // of a stage
-constexpr int kTileBytes = 128;             // of a row of W, in one tile
-constexpr int kTileCount = kChunk / 2 / kTileBytes;
-constexpr int kSharedLimit = 227 * 1024 - PairTable::kBytes;
+constexpr int kWarps = 16, kScaleWarps = 3;
+constexpr int kThreads = (kWarps + 1 + kScaleWarps) * 32;  // 5 warps a scheduler: 96 registers a thread
+constexpr int kColumns = 64;                               // of a block
+constexpr int kRows = 8, kPanels = 4;                      // of W in a stage, a panel; panels whose sums a warp keeps
 
-// kTiles: of 8 rows of x. kGroups: of 8 rows of W, in a panel.
-template <int kTiles, int kGroups>
+// kTiles: of 8 rows of x. Offsets are from the table.
+template <int kTiles>
 struct Layout {
-  static constexpr int kRows = kGroups * 8;
-  static constexpr int kCopyBytes = kRows * kTileBytes, kScales = kTileCount * kCopyBytes;  // a tile; where they begin
-  static constexpr int kAlignment = 1024;  // of a tile
-  static constexpr int kStageBytes = (kScales + kWarps * kRows * 4 + kAlignment - 1) / kAlignment * kAlignment;
-  static constexpr int kPartialBytes = kWarps * kTiles * 8 * kRows * 4;
-  static constexpr int kMapBytes = 256 * 4, kBarrierBytes = 256;
-  static constexpr int kFit = (kSharedLimit - kPartialBytes - kMapBytes - kBarrierBytes - kAlignment) / kStageBytes;
-  static constexpr int kStages = kFit < 12 ? kFit : 12;
-  static constexpr int kPartial = kStages * kStageBytes, kMap = kPartial + kPartialBytes,
-                       kBarriers = kMap + kMapBytes, kBytes = kBarriers + kBarrierBytes + kAlignment;
-  static_assert(kStages >= 3 && (kGroups == 1 || kGroups % 2 == 0));
-
-  // Of a panel, the row of W that is column i % 8 of group i / 8.
-  static __device__ __forceinline__ int row(int i) { return kGroups == 1 ? i : i / 16 * 16 + i % 8 * 2 + i / 8 % 2; }
+  static constexpr int kBlocks = 4 / kTiles;  // of a warp in a stage
+  static constexpr int kChunk = kWarps * kBlocks * kColumns, kPitch = kChunk / 2 + 32;  // columns of a stage; bytes
+  static constexpr int kStageBytes = kRows * kPitch;
+  static constexpr int kEntry = 256, kTableBytes = 256 * kEntry, kAlignment = 65536;
+  static constexpr int kFirst = 1024;  // the address of dynamic shared memory
+  static constexpr int kLow = kFirst - kAlignment;
+  static constexpr int kLowStages = (kAlignment - kFirst - 2048) / kStageBytes;
+  static constexpr int kMap = kLow + kLowStages * kStageBytes, kBarriers = kMap + 256 * 4;
+  static constexpr int kSumPitch = kPanels * kRows + 4;  // floats; every second row of x lies in other banks
+  static constexpr int kSums = kTableBytes, kSumBytes = kWarps * kTiles * 8 * kSumPitch * 4;
+  static constexpr int kHigh = kSums + kSumBytes, kBytes = 227 * 1024;
+  static constexpr int kHighStages = (kBytes - (kAlignment - kFirst) - kHigh) / kStageBytes;
+  static constexpr int kStages = kTiles == 1 ? 6 : 10;  // 100 KB; more under way make all other loads wait
+  static_assert(kStages <= kLowStages + kHighStages);
+  static_assert(kStages >= 4 && kStages * kWarps <= 256 && kBarriers + 2 * kStages * 8 <= 0);
 };
 
 struct FewRows {
   const void *x, *bias;
   void* y;
   int M, N, K;
-  int groups_per_block;  // of 8 rows of W
-  bool whole_scales;     // those of 4 neighbouring blocks of 64 columns are one aligned word, or one vector
+  uint16_t levels[16];  // in x's dtype; as a parameter they need no load from memory
+  bool whole_scales;    // those of 4 neighbouring blocks of 64 columns are one aligned word, or one vector
 };
 
 #ifdef QLORA_SM90
 
+// A constant, so that no register holds it. On a CPU, which runs this text in a test, it is any multiple of 64 KB.
+template <typename L>
+__device__ __forceinline__ uint32_t table_address(uint32_t dynamic) {
+#ifdef __CUDA_ARCH__
+  if (dynamic != L::kFirst) __trap();
+  return L::kAlignment;
+#else
+  return dynamic - uint32_t(L::kLow);
+#endif
+}
+
 // The scales of 4 neighbouring blocks of 64 columns in a row of W, as they are stored. Where they are one aligned word
-// (or vector), it is read while the 4 before it are decoded.
+// (or vector), it is read three or six stages ahead.
 template <bool kNested>
 struct FourScales {
-  float value[4];  // absmax; value[0] is nested_absmax where codes are nested
+  float value[kNested ? 1 : 4];  // nested_absmax, or absmax
   uint32_t codes;
 
   __device__ __forceinline__ void load(const Nf4Weight& weight, uint32_t block) {
@@ -92,270 +107,309 @@ __device__ __forceinline__ float one_scale(const Nf4Weight& weight, int64_t bloc
   return __ldg(weight.absmax + block);
 }
 
+// The stages of a thread block, in the order in which they pass: kPanels at a time, for each chunk of K, each panel.
+struct Order {
+  int first, end, chunks;  // panels; chunks of a row
+
+  __device__ __forceinline__ int stages() const { return (end - first) * chunks; }
+  __device__ __forceinline__ void find(int stage, int* panel, int* chunk) const {
+    const int begin = stage / (kPanels * chunks) * kPanels, rest = stage - begin * chunks;
+    const int count = min(kPanels, end - first - begin);
+    *chunk = rest / count;
+    *panel = first + begin + rest % count;
+  }
+};
+
 #endif
 
-template <typename T, bool kNested, int kTiles, int kGroups>
-__global__ void __launch_bounds__(kThreads, 1) linear_few_rows_sm90_kernel(
-    FewRows problem, Nf4Weight weight, const __grid_constant__ CUtensorMap panel_map,
-    const __grid_constant__ CUtensorMap rest_map) {
+template <typename T, bool kNested, int kTiles>
+__global__ void __launch_bounds__(kThreads, 1)
+    linear_few_rows_sm90_kernel(const __grid_constant__ FewRows problem, const __grid_constant__ Nf4Weight weight) {
 #ifdef QLORA_SM90
   using namespace sm90;
-  using L = Layout<kTiles, kGroups>;
-  __shared__ __align__(128) char table[PairTable::kBytes];
-  extern __shared__ char unaligned[];
-  const uint32_t base = (shared_address(unaligned) + uint32_t(L::kAlignment) - 1) & ~uint32_t(L::kAlignment - 1);
-  const uint32_t full = base + L::kBarriers, empty = full + L::kStages * 8, map = base + L::kMap;
+  using L = Layout<kTiles>;
+  constexpr int kBlocks = L::kBlocks, kChunk = L::kChunk, kPitch = L::kPitch;
+  extern __shared__ char dynamic[];
+  const uint32_t table = table_address<L>(shared_address(dynamic));
+  const uint32_t full = table + uint32_t(L::kBarriers), empty = full + L::kStages * 8, map = table + uint32_t(L::kMap);
+  const auto stage_at = [&](int slot) {
+    return table + uint32_t(slot < L::kLowStages ? L::kLow + slot * L::kStageBytes
+                                                 : L::kHigh + (slot - L::kLowStages) * L::kStageBytes);
+  };
 
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int M = problem.M, N = problem.N, K = problem.K;
-  const int chunks = (K + kChunk - 1) / kChunk;
-  const int first_row = int(blockIdx.x) * problem.groups_per_block * 8;
-  const int end_row = min(first_row + problem.groups_per_block * 8, N);
+  const int panels = (N + kRows - 1) / kRows;
+  const Order order{int(int64_t(blockIdx.x) * panels / gridDim.x), int(int64_t(blockIdx.x + 1) * panels / gridDim.x),
+                    (K + kChunk - 1) / kChunk};
 
-  if (threadIdx.x == kWarps * 32) {
-    for (int s = 0; s < L::kStages; ++s) {
-      barrier_init(full + 8 * s, 2);  // the copies of W, and the scales
-      barrier_init(empty + 8 * s, kWarps);
+  if (warp == kWarps) {
+    if (lane < L::kStages) {
+      barrier_init(full + 8 * lane, 2);  // the copies of W, and the scales
+      barrier_init(empty + 8 * lane, kWarps);
     }
     barrier_init_fence();
-  }
-  if (warp == kWarps) {
-    __syncwarp();
-    uint32_t slot = 0, parity = 1, filled = 0;  // an unused slot passes
-    for (int row = first_row; row < end_row; row += L::kRows) {
-      // the last panel of a block may be shorter: what does not belong to it is not read
-      const bool whole = first_row + problem.groups_per_block * 8 - row >= L::kRows;
-      const int rows = whole ? L::kRows : problem.groups_per_block * 8 % L::kRows;
-      for (int chunk = 0; chunk < chunks; ++chunk) {
-        if (filled++ == L::kStages) __syncthreads();  // the others start; until then no slot is waited for
-        const int first_byte = chunk * (kChunk / 2);
-        const int tiles = min(kTileCount, (K / 2 - first_byte + kTileBytes - 1) / kTileBytes);
-        barrier_wait(empty + 8 * slot, parity);
-        if (lane == 0) {
-          barrier_arrive_expecting(full + 8 * slot, uint32_t(tiles * rows * kTileBytes));
-          for (int i = 0; i < tiles; ++i) {
-            tile_load(base + slot * L::kStageBytes + i * L::kCopyBytes, whole ? &panel_map : &rest_map,
-                      first_byte + i * kTileBytes, row, full + 8 * slot);
+    __syncthreads();
+    uint32_t slot = 0, parity = 1;  // an unused slot passes
+    for (int begin = order.first; begin < order.end; begin += kPanels) {
+      for (int chunk = 0; chunk < order.chunks; ++chunk) {
+        for (int panel = begin; panel < min(begin + kPanels, order.end); ++panel) {
+          const int rows = min(kRows, N - panel * kRows);
+          const uint32_t bytes = min(kChunk, K - chunk * kChunk) / 2;
+          barrier_wait(empty + 8 * slot, parity);
+          if (lane == 0) barrier_arrive_expecting(full + 8 * slot, rows * bytes);
+          __syncwarp();
+          if (lane < rows) {
+            const uint8_t* from = weight.packed + (int64_t(panel * kRows + lane) * K + chunk * kChunk) / 2;
+            bulk_load(stage_at(slot) + lane * kPitch, from, bytes, full + 8 * slot);
           }
+          if (++slot == L::kStages) slot = 0, parity ^= 1;
         }
-        __syncwarp();
-        if (++slot == L::kStages) slot = 0, parity ^= 1;
       }
     }
-    if (filled <= L::kStages) __syncthreads();
   } else if (warp > kWarps) {
-    if constexpr (kNested) {
-      for (int i = threadIdx.x - (kWarps + 1) * 32; i < 256; i += kScaleWarps * 32) {
-        store_shared_float(map + i * 4, __ldg(kDynamicMap + i));
-      }
-    }
-    const float offset = kNested ? __ldg(weight.nested_offset) : 0.f;
-    constexpr int kQuads = L::kRows * (kWarps / 4), kOwn = kQuads / 32;  // of a stage; of a lane
-    const int stages = (end_row - first_row + L::kRows - 1) / L::kRows * chunks;
+    const int stages = order.stages(), row_in_panel = lane % kRows;
     int stage = warp - kWarps - 1;
-    const auto address = [&](int quad, int block) {  // [block][row]
-      return base + stage % L::kStages * L::kStageBytes + L::kScales +
-             ((quad / L::kRows * 4 + block) * L::kRows + quad % L::kRows) * 4;
+    // A lane has one row's scales of every 16th four blocks: [warp][row][block of the warp]
+    const auto quad = [&](int i) { return i * 4 + lane / kRows; };
+    const auto store = [&](int i, float a, float b, float c, float d) {
+      const int owner = quad(i) * 4 / kBlocks;
+      const uint32_t to = table + (stage % L::kStages * kWarps + owner) * L::kEntry + 128 + row_in_panel * kBlocks * 4;
+      if constexpr (kBlocks == 4) {
+        store_shared_128(to, make_uint4(__float_as_uint(a), __float_as_uint(b), __float_as_uint(c), __float_as_uint(d)));
+      } else {
+        store_shared_64(to, make_uint2(__float_as_uint(a), __float_as_uint(b)));
+        store_shared_64(to + L::kEntry, make_uint2(__float_as_uint(c), __float_as_uint(d)));
+      }
     };
     const auto finish = [&] {
       __syncwarp();
       if (lane == 0) barrier_arrive(full + 8 * (stage % L::kStages));
     };
     const auto wait = [&] { barrier_wait(empty + 8 * (stage % L::kStages), stage / L::kStages % 2 ^ 1); };
-    if (problem.whole_scales) {
-      FourScales<kNested> scales[kOwn];
-      const auto load = [&](int stage) {
-        const int row = first_row + stage / chunks * L::kRows, chunk = stage % chunks;
+    const auto begin = [&] {  // the barriers are there, the map is, and the table of the others
+      constexpr int kEach = 256 / 32 / kScaleWarps + 1;
+      float levels[kEach];
+      const int first = threadIdx.x - (kWarps + 1) * 32;
+      if constexpr (kNested) {
 #pragma unroll
-        for (int i = 0; i < kOwn; ++i) {
-          const int quad = i * 32 + lane;
-          // rows and columns beyond the end: those of the last, whose products are never stored
-          const int r = min(row + L::row(quad % L::kRows), N - 1);
-          const int block = min(chunk * kWarps + quad / L::kRows * 4, K / kColumns - 4);
-          scales[i].load(weight, uint32_t(r) * uint32_t(K / kColumns) + uint32_t(block));
+        for (int i = 0; i < kEach; ++i) levels[i] = __ldg(kDynamicMap + min(first + i * kScaleWarps * 32, 255));
+      }
+      __syncthreads();
+      if constexpr (kNested) {
+#pragma unroll
+        for (int i = 0; i < kEach; ++i) store_shared_float(map + min(first + i * kScaleWarps * 32, 255) * 4, levels[i]);
+      }
+      named_barrier(1, kThreads - 32);
+    };
+    // rows and columns beyond the end: those of the last, whose products are zero, or never stored
+    const float offset = kNested ? __ldg(weight.nested_offset) : 0.f;
+    if (problem.whole_scales) {
+      constexpr int kAhead = kNested ? 2 : 1;
+      FourScales<kNested> ahead[kAhead][kBlocks];
+      const auto load = [&](int stage, FourScales<kNested>(&to)[kBlocks]) {
+        if (stage >= stages) return;
+        int panel, chunk;
+        order.find(stage, &panel, &chunk);
+        const uint32_t blocks = K / kColumns, row = min(panel * kRows + row_in_panel, N - 1);
+#pragma unroll
+        for (int i = 0; i < kBlocks; ++i) {
+          const uint32_t block = chunk * (kChunk / kColumns) + quad(i) * 4;
+          to[i].load(weight, row * blocks + min(block, blocks - 4));
         }
       };
-      if (stage < stages) load(stage);
-      __syncthreads();
-      for (; stage < stages; stage += kScaleWarps) {
-        FourScales<kNested> own[kOwn];
 #pragma unroll
-        for (int i = 0; i < kOwn; ++i) own[i] = scales[i];
-        if (stage + kScaleWarps < stages) load(stage + kScaleWarps);
-        wait();
+      for (int i = 0; i < kAhead; ++i) load(stage + i * kScaleWarps, ahead[i]);
+      begin();
+      while (stage < stages) {
 #pragma unroll
-        for (int i = 0; i < kOwn; ++i) {
+        for (int turn = 0; turn < kAhead; ++turn) {
+          if (stage >= stages) break;
+          FourScales<kNested> own[kBlocks];
 #pragma unroll
-          for (int j = 0; j < 4; ++j) store_shared_float(address(i * 32 + lane, j), own[i].decode(j, map, offset));
+          for (int i = 0; i < kBlocks; ++i) own[i] = ahead[turn][i];
+          load(stage + kAhead * kScaleWarps, ahead[turn]);
+          wait();
+#pragma unroll
+          for (int i = 0; i < kBlocks; ++i) {
+            store(i, own[i].decode(0, map, offset), own[i].decode(1, map, offset), own[i].decode(2, map, offset),
+                  own[i].decode(3, map, offset));
+          }
+          finish();
+          stage += kScaleWarps;
         }
-        finish();
       }
     } else {
-      __syncthreads();
+      begin();
       for (; stage < stages; stage += kScaleWarps) {
-        const int row = first_row + stage / chunks * L::kRows, chunk = stage % chunks;
+        int panel, chunk;
+        order.find(stage, &panel, &chunk);
+        const int64_t start = int64_t(min(panel * kRows + row_in_panel, N - 1)) * K;
         wait();
-        for (int quad = lane; quad < kQuads; quad += 32) {
-          const int64_t start = int64_t(min(row + L::row(quad % L::kRows), N - 1)) * K;
-#pragma unroll
-          for (int j = 0; j < 4; ++j) {
-            const int k = min(chunk * kChunk + (quad / L::kRows * 4 + j) * kColumns, K - kColumns);
-            const float scale = one_scale<kNested>(weight, (start + k) >> weight.log2_blocksize, map, offset);
-            store_shared_float(address(quad, j), scale);
-          }
+        for (int i = 0; i < kBlocks; ++i) {
+          const auto scale = [&](int j) {
+            const int k = min(chunk * kChunk + (quad(i) * 4 + j) * kColumns, K - kColumns);
+            return one_scale<kNested>(weight, (start + k) >> weight.log2_blocksize, map, offset);
+          };
+          store(i, scale(0), scale(1), scale(2), scale(3));
         }
         finish();
       }
     }
   } else {
     const int g = lane / 4, t = lane % 4;
-    const uint32_t lane_offset = lane * 4;
     const T* x = static_cast<const T*>(problem.x);
     const T* bias = static_cast<const T*>(problem.bias);
-    // Lane (g, t) multiplies columns 16 t to 16 t + 15 of its warp's 64, of row g of each tile of x.
-    const auto load_x = [&](int chunk, uint4 (&v)[kTiles][2]) {
-      const int k = chunk * kChunk + warp * kColumns + t * 16;
+    // Lane (g, t) multiplies columns 16 t to 16 t + 15 of each block of its warp, of row g of each tile of x.
+    uint32_t own_x[kBlocks][kTiles][8];
+    const auto load_x = [&](int chunk) {
 #pragma unroll
-      for (int i = 0; i < kTiles; ++i) {
-        const bool inside = i * 8 + g < M && k < K;
-        const uint4* p = reinterpret_cast<const uint4*>(x + int64_t(i * 8 + g) * K + k);
-        v[i][0] = inside ? __ldg(p) : make_uint4(0, 0, 0, 0);
-        v[i][1] = inside ? __ldg(p + 1) : make_uint4(0, 0, 0, 0);
+      for (int j = 0; j < kBlocks; ++j) {
+        const int k = chunk * kChunk + (warp * kBlocks + j) * kColumns + t * 16;
+#pragma unroll
+        for (int i = 0; i < kTiles; ++i) {
+          const bool inside = i * 8 + g < M && k < K;
+          const uint4* p = reinterpret_cast<const uint4*>(x + int64_t(i * 8 + g) * K + k);
+#pragma unroll
+          for (int half = 0; half < 2; ++half) {
+            const uint4 v = inside ? __ldg(p + half) : make_uint4(0, 0, 0, 0);
+            own_x[j][i][4 * half] = v.x, own_x[j][i][4 * half + 1] = v.y;
+            own_x[j][i][4 * half + 2] = v.z, own_x[j][i][4 * half + 3] = v.w;
+          }
+        }
       }
     };
-    char* aligned = unaligned + (base - shared_address(unaligned));
-    const auto codes_at = [&](int row) {  // of a pair of groups
-      const int swizzled = (warp % 4 * 2 + t / 2) ^ row % 8;
-      return aligned + warp / 4 * L::kCopyBytes + row * kTileBytes + swizzled * 16 + t % 2 * 8;
-    };
-    const char* own_codes[2] = {codes_at(L::row(g)), codes_at(kGroups == 1 ? 0 : L::row(8 + g))};
-    const char* own_scales = aligned + L::kScales + (warp * L::kRows + t * 2) * 4;
-    float* partial = reinterpret_cast<float*>(aligned + L::kPartial);
+    const uint32_t lane_table = table + lane * 4, own_codes = g * kPitch + warp * (kBlocks * kColumns / 2) + t * 8;
+    const uint32_t sums = table + L::kSums;  // [warp][row of x][row of W]
 
     uint32_t slot = 0, parity = 0;
-    uint4 next_x[kTiles][2];
-    load_x(0, next_x);
-    PairTable::fill<T, kWarps * 32>(table);
+    load_x(0);
+    const int byte = threadIdx.x / 2;  // both of its threads have half of its 32 copies, in turn
+    const uint32_t pair = problem.levels[byte / 16] | uint32_t(problem.levels[byte % 16]) << 16;
     __syncthreads();
-    for (int row = first_row; row < end_row; row += L::kRows) {
-      float sum[kGroups][kTiles][2];
 #pragma unroll
-      for (int p = 0; p < kGroups; ++p) {
+    for (int i = 0; i < 4; ++i) {
+      const uint32_t piece = (i * 2 + threadIdx.x + byte) % 8;  // neighbouring threads start at neighbouring banks
+      store_shared_128(table + byte * L::kEntry + piece * 16, make_uint4(pair, pair, pair, pair));
+    }
+    named_barrier(1, kThreads - 32);
+    for (int begin = order.first; begin < order.end; begin += kPanels) {
+      const int count = min(kPanels, order.end - begin);
+      float sum[kPanels / 2][kTiles][4] = {};
+      for (int chunk = 0; chunk < order.chunks; ++chunk) {
+        if (order.chunks > 1 && !(begin == order.first && chunk == 0)) load_x(chunk);
+        const bool any = chunk * kChunk + warp * (kBlocks * kColumns) < K;
 #pragma unroll
-        for (int i = 0; i < kTiles; ++i) sum[p][i][0] = sum[p][i][1] = 0.f;
-      }
-      for (int chunk = 0; chunk < chunks; ++chunk) {
-        uint32_t own_x[kTiles][8];
+        for (int p = 0; p < kPanels; p += 2) {  // two panels are the 16 rows of an operand A
+          if (p >= count) break;
+          const bool both = p + 1 < count;  // else the second's rows are the first's once more, and are not stored
+          const uint32_t slots[2] = {slot, !both ? slot : slot + 1 < L::kStages ? slot + 1 : 0};
+          barrier_wait(full + 8 * slots[0], parity);
+          if (both) barrier_wait(full + 8 * slots[1], slots[1] == 0 ? parity ^ 1 : parity);
+          if (any) {
+            const uint32_t codes_at[2] = {stage_at(slots[0]) + own_codes, stage_at(slots[1]) + own_codes};
+            float scale[2][kBlocks];
 #pragma unroll
-        for (int i = 0; i < kTiles; ++i) {
-#pragma unroll
-          for (int j = 0; j < 2; ++j) {
-            own_x[i][4 * j] = next_x[i][j].x, own_x[i][4 * j + 1] = next_x[i][j].y;
-            own_x[i][4 * j + 2] = next_x[i][j].z, own_x[i][4 * j + 3] = next_x[i][j].w;
-          }
-        }
-        load_x(chunk + 1 < chunks ? chunk + 1 : 0, next_x);
-        barrier_wait(full + 8 * slot, parity);
-        if (chunk * kChunk + warp * kColumns < K) {
-          const int stage = slot * L::kStageBytes;
-          // groups beyond the last multiply what an earlier stage left; their sums are not stored
-#pragma unroll
-          for (int p = 0; p < kGroups; ++p) {
-            const uint2 codes = *reinterpret_cast<const uint2*>(own_codes[p % 2] + stage + p / 2 * 16 * kTileBytes);
-            const float2 scale = *reinterpret_cast<const float2*>(own_scales + stage + p * 32);
-            float c[4] = {0.f, 0.f, 0.f, 0.f};
-            const auto multiply = [&](int j, uint32_t b0, uint32_t b1) {
-              mma(T{}, c, own_x[0][2 * j], kTiles > 1 ? own_x[kTiles - 1][2 * j] : 0u, own_x[0][2 * j + 1],
-                  kTiles > 1 ? own_x[kTiles - 1][2 * j + 1] : 0u, b0, b1);
-            };
-            const uint32_t words[2] = {codes.x, codes.y};
-#pragma unroll
-            for (int half = 0; half < 2; ++half) {
-              multiply(2 * half, PairTable::pair<0>(table, words[half], lane_offset),
-                       PairTable::pair<1>(table, words[half], lane_offset));
-              multiply(2 * half + 1, PairTable::pair<2>(table, words[half], lane_offset),
-                       PairTable::pair<3>(table, words[half], lane_offset));
+            for (int i = 0; i < 2; ++i) {
+              const uint32_t at = table + (slots[i] * kWarps + warp) * L::kEntry + 128 + g * kBlocks * 4;
+              if constexpr (kBlocks == 4) {
+                const uint4 v = load_shared_128(at);
+                scale[i][0] = __uint_as_float(v.x), scale[i][1] = __uint_as_float(v.y);
+                scale[i][2] = __uint_as_float(v.z), scale[i][3] = __uint_as_float(v.w);
+              } else {
+                const uint2 v = load_shared_64(at);
+                scale[i][0] = __uint_as_float(v.x), scale[i][1] = __uint_as_float(v.y);
+              }
             }
 #pragma unroll
-            for (int i = 0; i < kTiles; ++i) {
-              sum[p][i][0] += scale.x * c[2 * i], sum[p][i][1] += scale.y * c[2 * i + 1];
+            for (int j = 0; j < kBlocks; ++j) {
+              const uint2 upper = load_shared_64(codes_at[0] + j * (kColumns / 2));
+              const uint2 lower = load_shared_64(codes_at[1] + j * (kColumns / 2));
+              float c[kTiles][4] = {};
+              const auto multiply = [&](int at, uint32_t upper, uint32_t lower, uint32_t left, uint32_t right) {
+                const uint32_t a0 = load_table_32(permute(upper, lane_table, left)),
+                               a1 = load_table_32(permute(lower, lane_table, left)),
+                               a2 = load_table_32(permute(upper, lane_table, right)),
+                               a3 = load_table_32(permute(lower, lane_table, right));
+#pragma unroll
+                for (int i = 0; i < kTiles; ++i) mma(T{}, c[i], a0, a1, a2, a3, own_x[j][i][at], own_x[j][i][at + 1]);
+              };
+              multiply(0, upper.x, lower.x, 0x7604, 0x7614);
+              multiply(2, upper.x, lower.x, 0x7624, 0x7634);
+              multiply(4, upper.y, lower.y, 0x7604, 0x7614);
+              multiply(6, upper.y, lower.y, 0x7624, 0x7634);
+#pragma unroll
+              for (int i = 0; i < kTiles; ++i) {
+#pragma unroll
+                for (int e = 0; e < 4; ++e) sum[p / 2][i][e] += scale[e / 2][j] * c[i][e];
+              }
             }
           }
+          __syncwarp();
+          if (lane == 0) {
+            barrier_arrive(empty + 8 * slots[0]);
+            if (both) barrier_arrive(empty + 8 * slots[1]);
+          }
+          slot += both ? 2 : 1;
+          if (slot >= L::kStages) slot -= L::kStages, parity ^= 1;
         }
-        __syncwarp();
-        if (lane == 0) barrier_arrive(empty + 8 * slot);
-        if (++slot == L::kStages) slot = 0, parity ^= 1;
       }
 
-      float* own = partial + warp * (kTiles * 8 * L::kRows);  // [rows of x][rows of W]
 #pragma unroll
-      for (int p = 0; p < kGroups; ++p) {
+      for (int i = 0; i < kTiles; ++i) {
 #pragma unroll
-        for (int i = 0; i < kTiles; ++i) {
-          *reinterpret_cast<float2*>(own + (i * 8 + g) * L::kRows + p * 8 + t * 2) =
-              make_float2(sum[p][i][0], sum[p][i][1]);
+        for (int e = 0; e < 4; ++e) {
+          const int m = i * 8 + t * 2 + e % 2;
+          if (m >= M) continue;
+#pragma unroll
+          for (int p = 0; p < kPanels; p += 2) {
+            const uint32_t to = sums + ((warp * kTiles * 8 + m) * L::kSumPitch + (p + e / 2) * kRows + g) * 4;
+            store_shared_float(to, sum[p / 2][i][e]);
+          }
         }
       }
-      named_barrier(1, kWarps * 32);
-      for (int i = threadIdx.x; i < M * L::kRows; i += kWarps * 32) {
-        const int m = i / L::kRows, n = row + L::row(i % L::kRows);
-        if (n >= end_row) continue;
+      named_barrier(2, kWarps * 32);
+      constexpr int kWide = kPanels * kRows;
+      for (int i = threadIdx.x; i < M * kWide; i += kWarps * 32) {
+        const int m = i / kWide, r = i % kWide, n = begin * kRows + r;
+        if (r >= count * kRows || n >= N) continue;
         float total = bias ? float(bias[n]) : 0.f;
 #pragma unroll
-        for (int w = 0; w < kWarps; ++w) total += partial[w * (kTiles * 8 * L::kRows) + i];
+        for (int w = 0; w < kWarps; ++w) {
+          total += load_shared_float(sums + ((w * kTiles * 8 + m) * L::kSumPitch + r) * 4);
+        }
         static_cast<T*>(problem.y)[int64_t(m) * N + n] = from_float<T>(total);
       }
-      named_barrier(1, kWarps * 32);  // before the next panel's sums overwrite these
+      if (begin + kPanels < order.end) named_barrier(2, kWarps * 32);  // before the next sums overwrite these
     }
   }
 #endif
 }
 
-template <typename T, bool kNested, int kTiles, int kGroups>
-cudaError_t launch(const FewRows& problem, const Nf4Weight& weight, unsigned blocks, cudaStream_t stream) {
-  using L = Layout<kTiles, kGroups>;
-  constexpr auto kernel = linear_few_rows_sm90_kernel<T, kNested, kTiles, kGroups>;
-  if (cudaError_t error = allow_shared_memory<kernel>(L::kBytes)) return error;
-  const int rest = problem.groups_per_block % kGroups * 8;
-  TileMap tile{weight.packed,      CU_TENSOR_MAP_DATA_TYPE_UINT8, uint64_t(problem.K) / 2, uint64_t(problem.N),
-               uint64_t(problem.K) / 2, kTileBytes,                    L::kRows,                true};
-  CUtensorMap panel_map, rest_map;
-  if (cudaError_t error = encode(tile, &panel_map)) return error;
-  rest_map = panel_map;
-  if (rest > 0) {
-    tile.box_rows = uint32_t(rest);
-    if (cudaError_t error = encode(tile, &rest_map)) return error;
-  }
-  cudaLaunchConfig_t config{};
-  config.gridDim = dim3(blocks), config.blockDim = dim3(kThreads), config.dynamicSmemBytes = L::kBytes;
-  config.stream = stream;
-  return cudaLaunchKernelEx(&config, kernel, problem, weight, panel_map, rest_map);
-}
-
 template <typename T, bool kNested, int kTiles>
-cudaError_t launch_for_rows(FewRows problem, const Nf4Weight& weight, cudaStream_t stream) {
+cudaError_t launch(const FewRows& problem, const Nf4Weight& weight, cudaStream_t stream) {
+  using L = Layout<kTiles>;
+  constexpr auto kernel = linear_few_rows_sm90_kernel<T, kNested, kTiles>;
+  if (cudaError_t error = allow_shared_memory<kernel>(L::kBytes)) return error;
   int count = 0;
   if (cudaError_t error = multiprocessors(&count)) return error;
-  const int64_t groups = ceil_div(problem.N, 8);
-  problem.groups_per_block = int(ceil_div(groups, count));
-  const unsigned blocks = unsigned(ceil_div(groups, problem.groups_per_block));
-  switch (problem.groups_per_block) {
-    case 1: return launch<T, kNested, kTiles, 1>(problem, weight, blocks, stream);
-    case 2: return launch<T, kNested, kTiles, 2>(problem, weight, blocks, stream);
-    case 3:
-    case 4: return launch<T, kNested, kTiles, 4>(problem, weight, blocks, stream);
-    default: return launch<T, kNested, kTiles, 8>(problem, weight, blocks, stream);
-  }
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(unsigned(std::min(count, (problem.N + kRows - 1) / kRows)));
+  config.blockDim = dim3(kThreads), config.dynamicSmemBytes = L::kBytes, config.stream = stream;
+  return cudaLaunchKernelEx(&config, kernel, problem, weight);
 }
 
 template <typename T>
-cudaError_t launch_for(const FewRows& problem, const Nf4Weight& weight, cudaStream_t stream) {
-  if (weight.absmax_codes) {
-    return problem.M <= 8 ? launch_for_rows<T, true, 1>(problem, weight, stream)
-                          : launch_for_rows<T, true, 2>(problem, weight, stream);
+cudaError_t launch_for(FewRows problem, const Nf4Weight& weight, cudaStream_t stream) {
+  static constexpr float kLevels[16] = {QLORA_NF4_LEVELS};
+  for (int i = 0; i < 16; ++i) {
+    const T level(kLevels[i]);
+    std::memcpy(&problem.levels[i], &level, sizeof level);
   }
-  return problem.M <= 8 ? launch_for_rows<T, false, 1>(problem, weight, stream)
-                        : launch_for_rows<T, false, 2>(problem, weight, stream);
+  if (weight.absmax_codes) {
+    return problem.M <= 8 ? launch<T, true, 1>(problem, weight, stream) : launch<T, true, 2>(problem, weight, stream);
+  }
+  return problem.M <= 8 ? launch<T, false, 1>(problem, weight, stream) : launch<T, false, 2>(problem, weight, stream);
 }
 
 }  // namespace
@@ -365,7 +419,7 @@ cudaError_t linear_nf4_few_rows_sm90(const void* x, const Nf4Weight& weight, con
   const auto is_aligned = [](const void* p, uintptr_t bytes) { return reinterpret_cast<uintptr_t>(p) % bytes == 0; };
   const bool whole = weight.log2_blocksize == 6 && K % (4 * kColumns) == 0 && weight.blocks <= UINT32_MAX &&
                      (weight.absmax_codes ? is_aligned(weight.absmax_codes, 4) : is_aligned(weight.absmax, 16));
-  const FewRows problem{x, bias, y, int(M), int(N), int(K), 0, whole};
+  const FewRows problem{x, bias, y, int(M), int(N), int(K), {}, whole};
   return dtype == Dtype::kFloat16 ? launch_for<__half>(problem, weight, stream)
                                   : launch_for<__nv_bfloat16>(problem, weight, stream);
 }

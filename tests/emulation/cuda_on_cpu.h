@@ -58,6 +58,7 @@ struct Thread {
 
 // A block of a launch with `dynamic` bytes of shared memory besides the variables' 64 KB.
 constexpr size_t kStack = 256 << 10, kSharedBytes = 64 << 10, kSharedStride = 320 << 10;
+constexpr size_t kSharedStart = 1024;  // where sm_90 lets a block's own shared memory start
 constexpr unsigned kMaxThreads = 4096, kMaxCluster = 8;
 
 inline Thread* current;
@@ -138,7 +139,7 @@ inline void run_cluster(char* stacks, unsigned first_block, unsigned blocks, siz
     t.index = make_uint3(unsigned(i % size), 0, 0);
     t.rank = unsigned(i / size);
     t.block = make_uint3((first_block + t.rank) % grid_size.x, (first_block + t.rank) / grid_size.x, 0);
-    t.shared_used = 1024;  // where sm_90 lets a block's own shared memory start
+    t.shared_used = kSharedStart;
     getcontext(&t.context);
     t.context.uc_stack.ss_sp = stacks + i * kStack;
     t.context.uc_stack.ss_size = kStack;
@@ -174,15 +175,17 @@ void launch(dim3 grid, unsigned block, Body body, unsigned cluster = 1, size_t d
     constexpr int kFlags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE;
     stacks = static_cast<char*>(mmap(nullptr, kStack * kMaxThreads, PROT_READ | PROT_WRITE, kFlags, -1, 0));
     // shared addresses have 32 bits
-    shared_memory = static_cast<char*>(
-        mmap(nullptr, kSharedStride * kMaxCluster, PROT_READ | PROT_WRITE, kFlags | MAP_32BIT, -1, 0));
-    if (stacks == MAP_FAILED || shared_memory == MAP_FAILED) abort();
+    char* mapped = static_cast<char*>(mmap(nullptr, kSharedStride * kMaxCluster + kSharedBytes, PROT_READ | PROT_WRITE,
+                                           kFlags | MAP_32BIT, -1, 0));
+    if (stacks == MAP_FAILED || mapped == MAP_FAILED) abort();
+    shared_memory = mapped + (kSharedBytes - uintptr_t(mapped) % kSharedBytes);
   }
-  if (block * cluster > kMaxThreads || kSharedBytes + dynamic > kSharedStride || grid.x % cluster != 0) abort();
+  const size_t used = kSharedBytes + kSharedStart + dynamic;
+  if (block * cluster > kMaxThreads || used > kSharedStride || grid.x % cluster != 0) abort();
   grid_size = grid;
   block_size = dim3(block);
   kernel = body;
-  for (unsigned b = 0; b < grid.x * grid.y; b += cluster) run_cluster(stacks, b, cluster, kSharedBytes + dynamic);
+  for (unsigned b = 0; b < grid.x * grid.y; b += cluster) run_cluster(stacks, b, cluster, used);
 }
 
 // A shared variable: every thread meets the declarations in the same order.
@@ -193,8 +196,8 @@ T& shared(size_t alignment = alignof(T)) {
   if (current->shared_used > kSharedBytes) abort();
   return *reinterpret_cast<T*>(block_memory(current->rank) + at);
 }
-// Shared memory whose size the launch gives.
-inline char* dynamic_shared() { return block_memory(current->rank) + kSharedBytes; }
+// Shared memory whose size the launch gives: as far behind a multiple of 64 KB as where a kernel has no variables.
+inline char* dynamic_shared() { return block_memory(current->rank) + kSharedBytes + kSharedStart; }
 
 // cp.async: `bytes` of `size` are read, the rest becomes 0, as late as the thread's waiting allows. Shared addresses
 // have 32 bits.
@@ -300,6 +303,7 @@ To bits_as(From v) {
 
 inline int atomicAdd(int* at, int value) { return *at += value, *at - value; }
 inline void __threadfence() {}
+inline void __trap() { abort(); }
 inline float4 __ldcg(const float4* p) { return *p; }
 inline void __stcg(float4* p, float4 v) { *p = v; }
 

@@ -1,5 +1,5 @@
-// Stands in for csrc/cuda/sm90.cuh and wgmma.cuh (after decode.cuh): Hopper's barriers, tile copies, clusters and warpgroup products on a
-// CPU, for the kernels' own text above them.
+// Stands in for csrc/cuda/sm90.cuh and wgmma.cuh (after decode.cuh): Hopper's barriers, copies, clusters and warpgroup
+// products on a CPU, for the kernels' own text above them.
 //
 // What is asynchronous on the GPU happens here either at once or as late as it may: a copy when nothing else can run; a
 // product at the wait that names it, and a store when its memory is given back, while whoever arrives at a barrier lets
@@ -218,6 +218,16 @@ inline void load_tile(uint32_t to, const CUtensorMap* map, int x, int y, uint32_
     b.settle();
   });
 }
+inline void bulk_load(uint32_t to, const void* from, uint32_t bytes, uint32_t barrier) {
+  if ((bytes | to | uintptr_t(from)) % 16 != 0) fprintf(stderr, "a copy of %u bytes to %u\n", bytes, to), abort();
+  emulated::begin_copy([=] {
+    memcpy(&emulated::at<char>(to), from, bytes);
+    auto& b = emulated::barrier_at(barrier);
+    b.bytes -= bytes;
+    ++emulated::events;
+    b.settle();
+  });
+}
 inline void tile_load(uint32_t to, const CUtensorMap* map, int x, int y, uint32_t barrier) {
   load_tile(to, map, x, y, barrier);
 }
@@ -251,12 +261,15 @@ void registers_take() {}
 
 inline uint4 load_shared_128(uint32_t address) { return emulated::at<uint4>(address); }
 inline uint32_t load_shared_32(uint32_t address) { return emulated::at<uint32_t>(address); }
+inline uint32_t load_table_32(uint32_t address) { return load_shared_32(address); }
+inline uint2 load_shared_64(uint32_t address) { return emulated::at<uint2>(address); }
 inline float load_shared_float(uint32_t address) { return emulated::at<float>(address); }
 template <typename T>
 T load_shared_16(uint32_t address) {
   return emulated::at<T>(address);
 }
 inline void store_shared_128(uint32_t address, uint4 v) { emulated::at<uint4>(address) = v; }
+inline void store_shared_64(uint32_t address, uint2 v) { emulated::at<uint2>(address) = v; }
 inline void store_shared_float(uint32_t address, float v) { emulated::at<float>(address) = v; }
 inline void store_matrices_transposed(uint32_t address, uint32_t m0, uint32_t m1, uint32_t m2, uint32_t m3) {
   const unsigned i = emulated::slot(), lane = i % 32;

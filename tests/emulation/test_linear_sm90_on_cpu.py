@@ -128,9 +128,13 @@ def test_weights_are_decoded_as_dequantize_does(kernels):
     assert torch.equal(fused(kernels, eye, w4, (128, 1, 1)), w4.dequantize(torch.bfloat16).T)
 
 
-# On two multiprocessors: panels of 1, 2, 4 and 8 groups of 8 rows, several panels, a shorter last one, an odd row
-@pytest.mark.parametrize("N", [3, 17, 40, 64, 120, 150, 305])
-@pytest.mark.parametrize(("M", "K", "blocksize"), [(1, 64, 64), (3, 1088, 64), (16, 1280, 64), (9, 2048, 256)])
+# On two multiprocessors: one panel of 8 rows to twenty, odd numbers of them, a last one that is not whole; up to 8 rows
+# of x take chunks of 4096 columns and more take 2048: less than one, one, and several
+@pytest.mark.parametrize("N", [3, 17, 40, 64, 120, 305])
+@pytest.mark.parametrize(
+    ("M", "K", "blocksize"),
+    [(1, 64, 64), (3, 1088, 64), (8, 4672, 64), (2, 8448, 256), (16, 4352, 64), (9, 2048, 128)],
+)
 def test_few_rows(kernels, M, K, N, blocksize):
     dtype, double_quant = (torch.bfloat16, torch.float16)[N % 2], N % 3 > 0
     x, w4 = case(M, N, K, dtype, blocksize, double_quant)
