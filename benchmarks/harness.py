@@ -79,7 +79,7 @@ def environment(device: str) -> dict:
             "device": properties.name,
             "multiprocessors": properties.multi_processor_count,
             "cuda": torch.version.cuda,
-            "driver": _run("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
+            "driver": _run("nvidia-smi", "--id=0", "--query-gpu=driver_version", "--format=csv,noheader"),
         }
     return record
 

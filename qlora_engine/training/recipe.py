@@ -94,6 +94,15 @@ def build_objective(options: FinetuneOptions, tokenizer) -> Objective:
     return Preferences(options, tokenizer) if options.objective == DPO else NextToken(options)
 
 
+class OneDevice(SFTConfig):
+    """Arguments of a process that trains on one GPU, also where it sees several, which `see_one_gpu` cannot hide once
+    CUDA is initialized: transformers would replicate the model over them. Several are for a launcher."""
+
+    @property
+    def n_gpu(self) -> int:
+        return min(super().n_gpu, 1)
+
+
 def build_trainer(
     options: FinetuneOptions,
     model: torch.nn.Module,
@@ -152,7 +161,7 @@ def build_trainer(
     with warnings.catch_warnings():
         # transformers 5.23 renamed gradient_checkpointing; TRL 1.16 still speaks the old name
         warnings.simplefilter("ignore", FutureWarning)
-        arguments = SFTConfig(**settings)
+        arguments = OneDevice(**settings)
     with as_usage_error():
         trainer = QLoRATrainer(
             objective=objective,

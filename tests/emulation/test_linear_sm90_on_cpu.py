@@ -128,8 +128,8 @@ def test_weights_are_decoded_as_dequantize_does(kernels):
     assert torch.equal(fused(kernels, eye, w4, (128, 1, 1)), w4.dequantize(torch.bfloat16).T)
 
 
-# On two multiprocessors: one panel of 8 rows to twenty, odd numbers of them, a last one that is not whole; up to 8 rows
-# of x take chunks of 4096 columns and more take 2048: less than one, one, and several
+# On two multiprocessors: one panel of 8 rows to twenty, odd numbers of them, a last one that is not whole; up to 8
+# rows of x take chunks of 4096 columns and more take 2048: less than one, one, and several
 @pytest.mark.parametrize("N", [3, 17, 40, 64, 120, 305])
 @pytest.mark.parametrize(
     ("M", "K", "blocksize"),

@@ -12,7 +12,7 @@ from qlora_engine.training.data import load_rows
 from qlora_engine.training.errors import DataError, MemoryShortage, ModelError, OptionError
 from qlora_engine.training.finetune import finetune
 from qlora_engine.training.loss import causal_lm_loss, decoded_head
-from qlora_engine.training.recipe import build_trainer, load_model
+from qlora_engine.training.recipe import OneDevice, build_trainer, load_model
 from qlora_engine.training.sizes import model_sizes
 from tests.training.tiny_llm import COLOURS, THINGS, pairs, save_model, write_jsonl
 
@@ -234,6 +234,13 @@ def test_lora_plus_lets_b_learn_faster(options, tiny_model):
     for name, param in model.named_parameters():
         if param.requires_grad:
             assert rates[id(param)] == settings.learning_rate * (16 if "lora_B" in name else 1), name
+
+
+def test_a_process_trains_on_one_of_the_gpus_that_it_sees(tmp_path):
+    arguments = OneDevice(output_dir=str(tmp_path), use_cpu=True, bf16=False)
+    assert arguments.n_gpu == 0
+    arguments._n_gpu = 4  # what transformers counts where four are visible
+    assert arguments.n_gpu == 1
 
 
 def test_without_held_out_rows(options, tmp_path):
