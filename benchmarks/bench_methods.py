@@ -104,8 +104,7 @@ class Bench:
         elif contender.learning_rate:
             trained = list(model.requires_grad_(True).parameters())
         if contender.learning_rate:
-            with self._autocast():
-                row |= self._train(model, method, list(trained), contender.learning_rate, seed)
+            row |= self._train(model, method, list(trained), contender.learning_rate, seed)
         if method is not None:
             method.finish()
             row |= {"trainable": method.report().trainable, "file_bytes": _file_bytes(method)}
@@ -144,8 +143,9 @@ class Bench:
             for group, peak in zip(optimizer.param_groups, peaks, strict=True):
                 group["lr"] = peak * share
             began = self._now()
-            loss = self.task.loss(model, batch)
-            penalty = method.penalty() if method else None
+            with self._autocast():  # anew for each step: it keeps what it casts, parameters too, until it is left
+                loss = self.task.loss(model, batch)
+                penalty = method.penalty() if method else None
             (loss if penalty is None else loss + penalty).backward()
             torch.nn.utils.clip_grad_norm_(trained, 1.0)
             optimizer.step()

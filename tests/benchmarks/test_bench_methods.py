@@ -122,3 +122,17 @@ def test_a_stopped_comparison_goes_on(load, tiny_model, tmp_path, monkeypatch, c
     with pytest.raises(SystemExit, match="unknown: lorra; known are"):
         main("--methods", "lorra")
     assert "full fine-tuning, seed 1: loss" in capsys.readouterr().out
+
+
+def test_training_in_sixteen_bits_sees_its_own_steps(load, tiny_model, monkeypatch):
+    """Autocast keeps the parameters that it has cast: around a whole training, the first step's until its end."""
+    bench, sentiment = load("bench_methods"), load("sentiment")
+    task = sentiment.Task(AutoTokenizer.from_pretrained(tiny_model), "cpu", WORDS)
+    rows = [(f"a {word} {thing}", int(word == "fine")) for word in RATINGS for thing in THINGS]
+    budget = bench.Budget(steps=30, batch=4, held_out=8, eval_batch=8)
+    contender = next(c for c in bench.CONTENDERS if c.name == "full fine-tuning")
+    contender = bench.dataclasses.replace(contender, learning_rate=3e-3)
+    exact = bench.Bench(tiny_model, task, rows, budget, "cpu").run(contender, 0)["loss"]
+    monkeypatch.setattr(bench.Bench, "_autocast", lambda self: torch.autocast("cpu", dtype=torch.bfloat16))
+    rounded = bench.Bench(tiny_model, task, rows, budget, "cpu").run(contender, 0)["loss"]
+    assert rounded == pytest.approx(exact, rel=0.2)
