@@ -40,7 +40,7 @@ def shard(
             the second; default: one over all processes.
         blocks: the modules that are gathered each by itself; default: the entries of every `nn.ModuleList` that is
             in no other and has linear layers in it, which in transformers' models are the decoder layers. The rest
-            of the model, such as the head, is gathered as one and stays so between forward and backward.
+            of the model, such as the head, is gathered as one, for forward and again for backward.
         reshard_after_forward: False keeps blocks gathered until backward: fewer messages, more memory.
 
     Returns:
