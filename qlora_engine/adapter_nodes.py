@@ -200,7 +200,7 @@ class QLoRAGroup(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, seed, group, *tensors):
         ctx.set_materialize_grads(False)
-        x = x if x.is_contiguous() else x.contiguous()
+        x = x.contiguous()
         outputs, S = group_outputs(x, seed, group, tensors)
         kept = [t if i % TENSORS != 2 else None for i, t in enumerate(tensors)]  # backward has no use for a bias
         ctx.save_for_backward(x, seed, S, *kept)
@@ -235,7 +235,7 @@ class QLoRAMLP(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, seeds, inner, outer, activation, *tensors):
-        x = x if x.is_contiguous() else x.contiguous()
+        x = x.contiguous()
         y, S, S_of_h, outputs = gated_mlp_output(x, seeds, inner, outer, activation, tensors)
         kept = [t if i % TENSORS != 2 else None for i, t in enumerate(tensors)]
         ctx.save_for_backward(x, seeds, S, S_of_h, *outputs, *kept)

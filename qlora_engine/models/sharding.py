@@ -35,7 +35,7 @@ def shard(
     Args:
         model: a model that `prepare` (or `quantize_model` and a method) made.
         device: where it is to train; default: where it is. With a model in host memory (`load_quantized(...,
-            on_host=True)`) the device holds this process's part and one block at most, never the whole model.
+            on_host=True)`) the device holds this process's part and one block, or what is in none, at most.
         mesh: a `torch.distributed.DeviceMesh`: of one dimension, or of two to replicate over the first and shard over
             the second; default: one over all processes.
         blocks: the modules that are gathered each by itself; default: the entries of every `nn.ModuleList` that is

@@ -62,8 +62,16 @@ def see_one_gpu(name: str) -> str:
 
     Returns:
         `name`, or "cuda" where it was "cuda:N".
+
+    Raises:
+        UsageError: for another than the first GPU, where CUDA is in use already and nothing can be hidden.
     """
     match = re.fullmatch(r"cuda:(\d+)", name)
+    if match and int(match[1]) and torch.cuda.is_initialized():
+        raise UsageError(
+            f"--device {name}: this process uses CUDA already and would train on its first GPU; start it with "
+            f"CUDA_VISIBLE_DEVICES={match[1]} and --device cuda"
+        )
     if name == "cpu" or torch.cuda.is_initialized() or (match is None and name not in ("auto", "cuda")):
         return name
     visible = [part for part in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if part.strip()]

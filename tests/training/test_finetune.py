@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 from qlora_engine.nn import TiedNF4Linear
 from qlora_engine.training import FinetuneOptions, Interrupted, UsageError
 from qlora_engine.training.data import load_rows
+from qlora_engine.training.device import see_one_gpu
 from qlora_engine.training.errors import DataError, MemoryShortage, ModelError, OptionError
 from qlora_engine.training.finetune import finetune
 from qlora_engine.training.loss import causal_lm_loss, decoded_head
@@ -241,6 +242,18 @@ def test_a_process_trains_on_one_of_the_gpus_that_it_sees(tmp_path):
     assert arguments.n_gpu == 0
     arguments._n_gpu = 4  # what transformers counts where four are visible
     assert arguments.n_gpu == 1
+
+
+def test_another_gpu_is_chosen_before_cuda_is_in_use(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    assert see_one_gpu("cuda") == "cuda"
+    assert see_one_gpu("cuda:0") == "cuda:0"
+    with pytest.raises(UsageError, match="CUDA_VISIBLE_DEVICES=2 and --device cuda"):
+        see_one_gpu("cuda:2")
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: False)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6")
+    assert see_one_gpu("cuda:2") == "cuda"
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "6"
 
 
 def test_without_held_out_rows(options, tmp_path):
