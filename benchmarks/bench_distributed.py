@@ -7,7 +7,8 @@ Rank-16 adapters on every linear layer, weights drawn as 4-bit bytes, every laye
 logits. Each configuration is a run of its own under torchrun. "efficiency" is tokens/s of a GPU over those of the
 single GPU's run. "gathered" is what each process receives of all-gathers in a step, embeddings, head and adapters
 included, and "of 16 bits" its share of what FSDP would gather of the linear layers in 16 bits, twice a step as here.
-Losses of the first steps, for which all processes get the same sequences, must be those of one GPU.
+The peak includes building, when each process has the whole 4-bit model; "of steps" does not. Losses of the first
+steps, for which all processes get the same sequences, must be those of one GPU.
 """
 
 import argparse
@@ -90,6 +91,9 @@ def worker(work: dict, args) -> None:
     torch.manual_seed(0)
     call, params, sizes = (peft_model if work["kind"] == "peft" else our_model)(work, device)
     optimizer = PagedAdamW(params, lr=1e-3) if work["kind"] != "peft" else torch.optim.AdamW(params, lr=1e-3)
+    built = torch.cuda.max_memory_allocated() / GIB if on_gpu else 0.0
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats()
 
     def step(seed: int) -> torch.Tensor:
         torch.manual_seed(seed)
@@ -113,14 +117,15 @@ def worker(work: dict, args) -> None:
     synchronize()
     dist.barrier()
     seconds = (time.perf_counter() - began) / args.steps
-    peak = torch.tensor([torch.cuda.max_memory_allocated() / GIB if on_gpu else 0.0], device=device)
-    dist.all_reduce(peak, op=dist.ReduceOp.MAX)
+    peaks = torch.tensor([built, torch.cuda.max_memory_allocated() / GIB if on_gpu else 0.0], device=device)
+    dist.all_reduce(peaks, op=dist.ReduceOp.MAX)
     tokens = work["ranks"] * work["rows"] * work["length"]
     row = {
         "losses": losses,
         "seconds": seconds,
         "tokens_per_s": tokens / seconds,
-        "peak_gib": float(peak) if on_gpu else None,
+        "peak_gib": float(peaks.max()) if on_gpu else None,
+        "steps_gib": float(peaks[1]) if on_gpu else None,
         "gathered_gb": gathered.nbytes / CHECKED_STEPS / 1e9,
         **sizes,
     }
@@ -284,7 +289,12 @@ def main() -> int:
         print(rows[-1], flush=True)
     good = compare(rows)
     columns = {"model": "shapes", "kind": "spread", "ranks": "processes", "tokens_per_s": "tok/s"}
-    columns |= {"efficiency": "efficiency", "peak_gib": "peak GiB", "gathered_gb": "gathered GB"}
+    columns |= {
+        "efficiency": "efficiency",
+        "peak_gib": "peak GiB",
+        "steps_gib": "of steps",
+        "gathered_gb": "gathered GB",
+    }
     columns |= {"of_16_bits": "of 16 bits", "loss_difference": "loss differs", "failure": "failure"}
     print(harness.table(rows, columns))
     name = args.out / f"bench_distributed_{harness.slug(args.device)}"

@@ -173,6 +173,23 @@ def _arranged(grads_A, rest) -> list[torch.Tensor | None]:
     return [grad for row in rows for grad in (*row, *[None] * (TENSORS - len(row)))]
 
 
+def group_outputs(x, seed, group: Group, tensors) -> tuple[tuple[torch.Tensor, ...], torch.Tensor]:
+    """What `QLoRAGroup` returns, and S: for calls that autograd does not record as well."""
+    outputs, S = _forward(_flat(x), seed, group, tensors)
+    return tuple(y.reshape(*x.shape[:-1], y.shape[-1]) for y in outputs), S
+
+
+def gated_mlp_output(x, seeds, inner: Group, outer: Group, activation: str, tensors):
+    """What `QLoRAMLP` returns, the S of both groups, gate and up: for calls that autograd does not record as well."""
+    first, second = _seeds(seeds)
+    outputs, S = _forward(_flat(x), first, inner, tensors[:-TENSORS])
+    gate, up = _gate_and_up(outputs)
+    h = operator("gated_activation", gate)(gate, up, activation)
+    unread = not torch.compiler.is_compiling() and _recomputation.unread
+    (y,), S_of_h = _forward(h, second, outer, tensors[-TENSORS:], unread)
+    return y.reshape(*x.shape[:-1], y.shape[-1]), S, S_of_h, outputs
+
+
 class QLoRAGroup(torch.autograd.Function):
     """Outputs of a group's projections for one x: `apply(x, seed, group, *tensors)`.
 
@@ -183,12 +200,12 @@ class QLoRAGroup(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, seed, group, *tensors):
         ctx.set_materialize_grads(False)
-        flat = _flat(x)
-        outputs, S = _forward(flat, seed, group, tensors)
+        x = x.contiguous()
+        outputs, S = group_outputs(x, seed, group, tensors)
         kept = [t if i % TENSORS != 2 else None for i, t in enumerate(tensors)]  # backward has no use for a bias
-        ctx.save_for_backward(x if x.is_contiguous() else flat, seed, S, *kept)
+        ctx.save_for_backward(x, seed, S, *kept)
         ctx.group, ctx.shape = group, x.shape
-        return tuple(y.reshape(*x.shape[:-1], y.shape[-1]) for y in outputs)
+        return outputs
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -218,17 +235,12 @@ class QLoRAMLP(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, seeds, inner, outer, activation, *tensors):
-        flat = _flat(x)
-        first, second = _seeds(seeds)
-        outputs, S = _forward(flat, first, inner, tensors[:-TENSORS])
-        gate, up = _gate_and_up(outputs)
-        h = operator("gated_activation", gate)(gate, up, activation)
-        unread = not torch.compiler.is_compiling() and _recomputation.unread
-        (y,), S_of_h = _forward(h, second, outer, tensors[-TENSORS:], unread)
+        x = x.contiguous()
+        y, S, S_of_h, outputs = gated_mlp_output(x, seeds, inner, outer, activation, tensors)
         kept = [t if i % TENSORS != 2 else None for i, t in enumerate(tensors)]
-        ctx.save_for_backward(x if x.is_contiguous() else flat, seeds, S, S_of_h, *outputs, *kept)
+        ctx.save_for_backward(x, seeds, S, S_of_h, *outputs, *kept)
         ctx.settings, ctx.shape = (inner, outer, activation), x.shape
-        return y.reshape(*x.shape[:-1], y.shape[-1])
+        return y
 
     @staticmethod
     @torch.autograd.function.once_differentiable

@@ -5,7 +5,8 @@ from typing import NamedTuple
 import torch
 
 from qlora_engine import ops
-from qlora_engine.adapter_nodes import Frozen, Group, QLoRAGroup, QLoRAMLP
+from qlora_engine.adapter_nodes import Frozen, Group, QLoRAGroup, QLoRAMLP, gated_mlp_output, group_outputs
+from qlora_engine.ops.direct import makes_graph, operator
 from qlora_engine.ops.gated import ACTIVATIONS
 from qlora_engine.quantization.weight import NF4Weight
 
@@ -42,7 +43,9 @@ def nf4_linear(x: torch.Tensor, w4: NF4Weight, bias: torch.Tensor | None = None)
     out_features, _ = _matrix_shape(x, w4)
     dtype = compute_dtype(x)
     bias = bias if bias is None else bias.to(dtype)
-    return ops.linear_nf4(x.to(dtype), *w4.arguments, out_features, bias)
+    x = x.to(dtype)
+    product = ops.linear_nf4 if makes_graph(x, bias) else operator("linear_nf4", x)
+    return product(x, *w4.arguments, out_features, bias)
 
 
 def qlora_linear(
@@ -178,7 +181,10 @@ def qlora_mlp(
     dtype = compute_dtype(x)
     outer, more = _as_group(x.new_empty(0, hidden, dtype=dtype), (down,))
     seeds = _draw_seeds(x, 2) if inner.dropout_p or outer.dropout_p else None
-    return QLoRAMLP.apply(x.to(dtype), seeds, inner, outer, activation, *tensors, *more)
+    x = x.to(dtype)
+    if makes_graph(x, *tensors, *more):
+        return QLoRAMLP.apply(x, seeds, inner, outer, activation, *tensors, *more)
+    return gated_mlp_output(x, seeds, inner, outer, activation, (*tensors, *more))[0]
 
 
 def qlora_group(x: torch.Tensor, *projections: QLoRAProjection) -> tuple[torch.Tensor, ...]:
@@ -191,7 +197,10 @@ def qlora_group(x: torch.Tensor, *projections: QLoRAProjection) -> tuple[torch.T
         raise ValueError(f"there are {len(projections)} projections; a group has one to three")
     group, tensors = _as_group(x, projections)
     seed = _draw_seeds(x, 1) if group.dropout_p else None
-    return QLoRAGroup.apply(x.to(compute_dtype(x)), seed, group, *tensors)
+    x = x.to(compute_dtype(x))
+    if makes_graph(x, *tensors):
+        return QLoRAGroup.apply(x, seed, group, *tensors)
+    return group_outputs(x, seed, group, tensors)[0]
 
 
 def _draw_seeds(x: torch.Tensor, count: int) -> torch.Tensor:

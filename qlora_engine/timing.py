@@ -24,7 +24,7 @@ class Timer:
         self.flush = torch.ones(FLUSH_BYTES // 4, device=device) if device == "cuda" else None
         if device == "cuda":  # an idle card's clocks need a moment to rise
             square = torch.randn(4096, 4096, device=device)
-            for _ in range(50):
+            for _ in range(1000):  # a quarter of a second
                 square @ square
             torch.cuda.synchronize()
 

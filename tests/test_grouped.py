@@ -4,7 +4,8 @@ import pytest
 import torch
 
 import qlora_engine as qe
-from qlora_engine.functional import QLoRAProjection, qlora_mlp, qlora_qkv
+from qlora_engine import adapter_nodes
+from qlora_engine.functional import QLoRAProjection, nf4_linear, qlora_mlp, qlora_qkv
 from qlora_engine.ops.gated import ACTIVATIONS
 from qlora_engine.reference.dropout import dropped
 from tests.numerics import RELATIVE_RMS, assert_close
@@ -140,6 +141,35 @@ def test_qkv_is_the_three_layers(device):
     for together, one in zip(qlora_qkv(x, *group), group, strict=True):
         alone = qe.functional.qlora_linear(x, *one)
         torch.testing.assert_close(together, alone, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.25])
+def test_without_a_graph_there_is_no_node_and_the_same_result(device, dropout_p, monkeypatch):
+    group = [projection(device, torch.float32, out, K, 4, dropout_p=dropout_p) for out in (N, 64, 31)]
+    gate, up, down = (
+        projection(device, torch.float32, *sizes, 4, dropout_p=dropout_p) for sizes in ((N, K), (N, K), (31, N))
+    )
+    x = torch.randn(2, M, K, device=device)
+
+    def results():
+        torch.manual_seed(3)
+        outputs = (*qlora_qkv(x, *group), qlora_mlp(x, gate, up, down))
+        return *outputs, nf4_linear(x, gate.weight, gate.bias)
+
+    expected = results()
+    assert all(y.requires_grad for y in expected)
+    for node in (adapter_nodes.QLoRAGroup, adapter_nodes.QLoRAMLP):
+        monkeypatch.setattr(node, "apply", None)
+    with torch.no_grad():
+        found = results()
+    for one in (*group, gate, up, down):
+        for tensor in (one.lora_A, one.lora_B, one.bias):
+            tensor.requires_grad_(False)
+    for y, again, frozen in zip(expected, found, results(), strict=True):
+        assert torch.equal(again, y)
+        assert torch.equal(frozen, y)
+        assert not again.requires_grad
+        assert not frozen.requires_grad
 
 
 def test_an_output_that_is_not_used_has_no_gradient(device):

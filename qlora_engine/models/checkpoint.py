@@ -141,6 +141,7 @@ def load_quantized(
     dtype: torch.dtype | None = None,
     adapter: str | os.PathLike | None = None,
     progress: bool = True,
+    on_host: bool = False,
 ) -> nn.Module:
     """Loads a model into 4 bits, tensor by tensor: the 16-bit model never exists as a whole.
 
@@ -157,6 +158,8 @@ def load_quantized(
         dtype: of what is not quantized, and of the computation; default: the model's own.
         adapter: folder of a saved adapter to load on top.
         progress: show a progress bar.
+        on_host: quantize on `device`, and keep the model in host memory: for one that is too large for a device, and
+            that `qlora_engine.distributed.shard` moves block by block.
 
     Returns:
         The model, frozen but for its adapters, in evaluation mode.
@@ -189,10 +192,11 @@ def load_quantized(
         modules = modules_to_quantize(model, config, find_targets(model, config)[0])
     sources = {path: untie(model, path) for path in modules}
     empty_modules(model, modules)
+    home = torch.device("cpu") if on_host else device
     with torch.no_grad():
-        _fill(model, shards, sources, weights, device, dtype, config.scales, progress)
-    if device is not None:
-        model.to(device)  # the buffers that no file holds
+        _fill(model, shards, sources, weights, device, home, dtype, config.scales, progress)
+    if home is not None:
+        model.to(home)  # the buffers that no file holds
     target_dtype = dtype or next((p.dtype for p in model.parameters() if p.is_floating_point()), None)
     for layer in model.modules():
         if isinstance(layer, (NF4Linear, NF4Embedding)) and not isinstance(layer, TiedNF4Linear):
@@ -288,11 +292,14 @@ def _fill(
     sources: Mapping[str, str | None],
     weights: Mapping[str, set[str]] | None,
     device: torch.device | str | None,
+    home: torch.device | str | None,
     dtype: torch.dtype | None,
     scales: str,
     progress: bool,
 ) -> None:
     """Puts every tensor of the files into the model; quantizes where a 4-bit layer gets a floating weight.
+
+    Tensors are converted on `device`, and stay on `home`.
 
     A layer that was tied to another (`sources`) may have no tensor of its own in the files: it gets the other's.
     `weights`: the 4-bit weights of files in bitsandbytes' format, whose tensors are renamed.
@@ -313,14 +320,14 @@ def _fill(
         tensors = stream(wanted, device)
         for name, tensor in bnb_checkpoint.from_bitsandbytes_names(tensors, weights) if weights else tensors:
             own = own_name(name)
-            _assign(model, own, tensor, device, dtype, scales)
+            _assign(model, own, tensor, device, home, dtype, scales)
             filled.add(own)
             bar.update(tensor.nbytes)
             del tensor  # its memory is the next one's
     model.tie_weights()
     for path, source in sources.items():
         if source in filled and f"{path}.weight" not in filled | heads:
-            _assign(model, f"{path}.weight", model.get_parameter(source), device, dtype, scales)
+            _assign(model, f"{path}.weight", model.get_parameter(source), device, home, dtype, scales)
     empty = [n for n, t in model.state_dict().items() if t.is_meta]
     ignored = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or []
     unexpected = [n for n in unexpected if not _is_ignored(n, ignored)]
@@ -367,7 +374,7 @@ def _is_ignored(name: str, patterns) -> bool:
 
 
 def _assign(
-    model: nn.Module, name: str, tensor: torch.Tensor, device, dtype: torch.dtype | None, scales: str
+    model: nn.Module, name: str, tensor: torch.Tensor, device, home, dtype: torch.dtype | None, scales: str
 ) -> None:
     path, _, leaf = name.rpartition(".")
     module = model.get_submodule(path)
@@ -375,7 +382,8 @@ def _assign(
     if isinstance(module, (NF4Linear, NF4Embedding)) and leaf == "weight" and tensor.is_floating_point():
         tensor = tensor.T.contiguous() if getattr(module, "fan_in_fan_out", False) else tensor
         _check_shape(name, tensor, module.nf4_weight.shape)
-        module.set_nf4_weight(quantize(tensor, module.blocksize, module.double_quant, scales))
+        w4 = quantize(tensor, module.blocksize, module.double_quant, scales)
+        module.set_nf4_weight(w4 if home is None else w4.to(home))
         return
     target = module._parameters.get(leaf)
     is_parameter = target is not None
@@ -387,6 +395,7 @@ def _assign(
     if tensor.is_floating_point() and not is_scale:
         wanted = dtype or tensor.dtype
         tensor = tensor.to(torch.float32 if kept_in_float32(model, name, wanted) else wanted)
+    tensor = tensor if home is None else tensor.to(home)
     if is_parameter:
         module._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
     else:

@@ -17,6 +17,7 @@ def shard(
     model: nn.Module,
     mesh=None,
     *,
+    device: torch.device | str | None = None,
     blocks: Sequence[nn.Module] | None = None,
     reshard_after_forward: bool = True,
 ) -> nn.Module:
@@ -32,7 +33,9 @@ def shard(
     first: those of the first process win.
 
     Args:
-        model: a model that `prepare` (or `quantize_model` and a method) made, on the device it is to train on.
+        model: a model that `prepare` (or `quantize_model` and a method) made.
+        device: where it is to train; default: where it is. With a model in host memory (`load_quantized(...,
+            on_host=True)`) the device holds this process's part and one block, or what is in none, at most.
         mesh: a `torch.distributed.DeviceMesh`: of one dimension, or of two to replicate over the first and shard over
             the second; default: one over all processes.
         blocks: the modules that are gathered each by itself; default: the entries of every `nn.ModuleList` that is
@@ -64,12 +67,14 @@ def shard(
         )
     for unit in (*blocks, model):
         _check_dtypes(unit)
-    device = next(model.parameters()).device
+    device = next(model.parameters()).device if device is None else torch.device(device)
     if mesh is None:
         mesh = dist.init_device_mesh(device.type, (dist.get_world_size(),))
     for parameter in model.parameters():
         if parameter.requires_grad:
-            dist.broadcast(parameter.data, src=0)
+            sent = parameter.data.to(device)
+            dist.broadcast(sent, src=0)
+            parameter.data.copy_(sent)
     for layer in model.modules():
         _scales_as_parameters(layer)
     with _bytes_as_parameters():

@@ -28,6 +28,11 @@ def operator(name: str, x: torch.Tensor) -> Callable:
     return _implementations[place]
 
 
+def makes_graph(*tensors: torch.Tensor | None) -> bool:
+    """Whether autograd would record a call with these: if not, no node is needed, whose making costs microseconds."""
+    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+
+
 def serves_layers(device: str) -> bool:
     """Whether the `adapter_*` operators are compiled for a device, and Triton's kernels not asked for instead."""
     return (

@@ -59,3 +59,19 @@ def test_one_rank_is_the_whole_model(one_rank, tmp_path, budget):
     assert {p.dtype for p in packed} == {torch.uint8}
     for name, parameter in plain.named_parameters():
         assert torch.equal(whole(dict(model.named_parameters())[name].detach()), parameter.detach()), name
+
+
+def test_a_model_in_host_memory_is_sharded_onto_the_gpu(one_rank, tmp_path):
+    llama().save_pretrained(tmp_path)
+    config = qe.QLoRAConfig(r=8)
+    plain = qe.load_quantized(tmp_path, config, device="cuda", dtype=torch.bfloat16, progress=False).train()
+    qe.save_adapter(plain, tmp_path / "adapter")
+    options = {"adapter": tmp_path / "adapter", "on_host": True, "progress": False}
+    model = qe.load_quantized(tmp_path, device="cuda", dtype=torch.bfloat16, **options).train()
+    assert {t.device.type for t in [*model.parameters(), *model.buffers()]} == {"cpu"}
+    qe.distributed.shard(model, device="cuda")
+    assert {t.device.type for t in [*model.parameters(), *model.buffers()]} == {"cuda"}
+    expected, found = (
+        losses_of(m, PagedAdamW([p for p in m.parameters() if p.requires_grad])) for m in (plain, model)
+    )
+    assert found == expected

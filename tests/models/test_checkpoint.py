@@ -168,6 +168,16 @@ def test_device(device, tmp_path):
     model(ids, labels=ids).loss.backward()
 
 
+def test_a_model_may_stay_in_host_memory(device, tmp_path):
+    llama().save_pretrained(tmp_path)
+    model = load_quantized(tmp_path, qe.QLoRAConfig(r=4), device=device, progress=False, on_host=True)
+    assert {t.device.type for t in [*model.parameters(), *model.buffers()]} == {"cpu"}
+    there = load_quantized(tmp_path, device=device, progress=False)
+    state = model.state_dict()
+    for name, tensor in there.state_dict().items():
+        assert torch.equal(state[name], tensor.cpu()), name
+
+
 def test_no_more_than_one_16_bit_weight_is_alive(tmp_path, monkeypatch):
     """Of all weights that were handed to the quantizer, only the last is still there when the next one comes."""
     llama().save_pretrained(tmp_path)
