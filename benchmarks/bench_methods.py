@@ -9,7 +9,8 @@ the same batches, steps, optimizer (32-bit PagedAdamW) and schedule (linear, beh
 gradients clipped to norm 1), on the model in NF4; for comparison there are the model as it comes, and full
 fine-tuning and LoRA on 16-bit weights. Learning rates are those that papers and PEFT's documentation give for a
 method, never chosen by the held-out reviews. A seed decides the method's first values and the order of the data; the
-held-out reviews are the same in all runs. Finished runs are kept: the same command goes on where it was stopped.
+held-out reviews are the same in all runs. Finished runs are kept: the same command goes on where it was stopped. With
+--untimed runs may share the GPU; a step's time is then the mean of the other runs alone.
 """
 
 import contextlib
@@ -63,8 +64,17 @@ QUICK = Budget(steps=3, batch=4, held_out=16, eval_batch=16, fisher_samples=2)
 class Bench:
     """Runs contenders, one after another, on a base that is read once."""
 
-    def __init__(self, model: Path, task: sentiment.Task, rows: list[sentiment.Row], budget: Budget, device: str):
+    def __init__(
+        self,
+        model: Path,
+        task: sentiment.Task,
+        rows: list[sentiment.Row],
+        budget: Budget,
+        device: str,
+        timed: bool = True,
+    ):
         self.folder, self.task, self.budget, self.device = model, task, budget, torch.device(device)
+        self.timed = timed
         self.train, self.held_out = sentiment.split(rows, budget.held_out)
         self.dtype = torch.bfloat16 if device == "cuda" else torch.float32
         self._base: tuple[str, torch.nn.Module] | None = None
@@ -157,8 +167,10 @@ class Bench:
             raise RuntimeError(f"the loss is {loss.item()} after {budget.steps} steps")
         peak = torch.cuda.max_memory_allocated() if self.device.type == "cuda" else None
         optimizer.close()
-        timed = seconds[UNTIMED:] or seconds
-        return {"step_ms": 1e3 * statistics.median(timed), "peak_bytes": peak, "train_seconds": sum(seconds)}
+        if not self.timed:
+            return {"peak_bytes": peak}
+        warm = seconds[UNTIMED:] or seconds
+        return {"step_ms": 1e3 * statistics.median(warm), "peak_bytes": peak, "train_seconds": sum(seconds)}
 
     def _fisher_batches(self) -> list[dict[str, torch.Tensor]]:
         return [self.task.batch([row]) for row in self.train[: self.budget.fisher_samples]]
@@ -213,6 +225,7 @@ def main():
     p.add_argument("--seeds", type=int, default=3, help="runs of each method (default: %(default)s)")
     for field in dataclasses.fields(Budget):
         p.add_argument("--" + field.name.replace("_", "-"), type=int, help=f"default: {field.default}")
+    p.add_argument("--untimed", action="store_true", help="other work shares the GPU: record no step times")
     p.add_argument("--fresh", action="store_true", help="do not go on from an earlier call's file")
     args = p.parse_args()
     if not (args.model / "config.json").is_file():
@@ -229,7 +242,11 @@ def main():
 
     logging.set_verbosity_error()
     task = sentiment.Task(AutoTokenizer.from_pretrained(args.model), args.device, tuple(args.words))
-    bench = Bench(args.model, task, sentiment.read(args.sentiment), budget, args.device)
+
+    def new_bench() -> Bench:
+        return Bench(args.model, task, sentiment.read(args.sentiment), budget, args.device, timed=not args.untimed)
+
+    bench = new_bench()
     name = f"bench_methods_{harness.slug(args.device)}"
     setting = {"model": args.model.name, "words": list(args.words)} | dataclasses.asdict(budget)
     setting["device"] = harness.environment(args.device)["device"]
@@ -250,7 +267,7 @@ def main():
         except (peft.MethodError, RuntimeError, ValueError) as error:  # the others are still worth their time
             failed[contender.name] = f"{type(error).__name__}: {error}"
             print(f"{contender.name}, seed {seed}: failed: {failed[contender.name]}", file=sys.stderr, flush=True)
-            bench = Bench(args.model, task, sentiment.read(args.sentiment), budget, args.device)
+            bench = new_bench()
             continue
         runs.append(run)
         harness.write_json(path, args.device, summarize(runs), setting=setting, runs=runs, say=False)

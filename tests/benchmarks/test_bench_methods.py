@@ -89,16 +89,22 @@ def test_every_method_has_its_row(load):
             assert contender.config(40, 0).name == contender.name
 
 
-def test_a_stopped_comparison_goes_on(load, tiny_model, tmp_path, monkeypatch, capsys):
+@pytest.fixture
+def main(load, tiny_model, tmp_path, monkeypatch):
+    """Calls the benchmark with further arguments; its results are in `tmp_path`."""
     bench, sentiment = load("bench_methods"), load("sentiment")
     package = write_package(tmp_path / "reviews.tar.gz", sentiment, REVIEWS)
 
-    def main(*arguments):
+    def call(*arguments):
         command = ["bench", "--device", "cpu", "--quick", "--model", str(tiny_model), "--sentiment", str(package)]
         command += ["--words", *WORDS, "--held-out", "8", "--seeds", "2", "--out", str(tmp_path), *arguments]
         monkeypatch.setattr(sys, "argv", command)
         bench.main()
 
+    return call
+
+
+def test_a_stopped_comparison_goes_on(main, tmp_path, capsys):
     main("--methods", "frozen, nf4", "selection")
     path = tmp_path / "bench_methods_cpu.json"
     before = json.loads(path.read_text())["runs"]
@@ -122,6 +128,27 @@ def test_a_stopped_comparison_goes_on(load, tiny_model, tmp_path, monkeypatch, c
     with pytest.raises(SystemExit, match="unknown: lorra; known are"):
         main("--methods", "lorra")
     assert "full fine-tuning, seed 1: loss" in capsys.readouterr().out
+
+
+def test_runs_beside_other_work_have_no_times(main, tmp_path):
+    main("--methods", "selection", "--seeds", "1")
+    main("--methods", "selection", "bitfit", "--seeds", "3", "--untimed")
+    found = json.loads((tmp_path / "bench_methods_cpu.json").read_text())
+    assert {(run["method"], run["seed"]) for run in found["runs"] if "step_ms" in run} == {("selection", 0)}
+    assert [run.keys() & {"train_seconds"} for run in found["runs"]] == [{"train_seconds"}] + [set()] * 5
+    selection, bitfit = found["rows"]
+    assert (selection["seeds"], bitfit["seeds"]) == (3, 3)
+    assert (selection["step_ms"], selection["step_ms_sd"]) == (found["runs"][0]["step_ms"], None)
+    assert not bitfit.keys() & {"step_ms", "step_ms_sd"}
+    losses = [run["loss"] for run in found["runs"] if run["method"] == "selection"]
+    assert selection["loss"] == pytest.approx(sum(losses) / 3)
+    assert selection["loss_sd"] > 0
+
+
+def test_a_comparison_without_any_times_is_drawn(main, tmp_path, capsys):
+    main("--methods", "selection", "--seeds", "1", "--untimed")
+    assert (tmp_path / "bench_methods_cpu.png").read_bytes().startswith(b"\x89PNG")
+    assert "ms a step" not in capsys.readouterr().out
 
 
 def test_training_in_sixteen_bits_sees_its_own_steps(load, tiny_model, monkeypatch):
