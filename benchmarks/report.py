@@ -160,12 +160,24 @@ def layers(gpu: str) -> str:
 
 
 def step(gpu: str) -> str:
-    rows = []
-    for r in load(f"bench_finetune_8layers_{gpu}")["rows"]:
+    def aimed(r: dict) -> str:
         aim, gib = STEP_AIMS[r["case"]]
-        rows.append([r["case"], r["what"], r["ms"], r["tokens_per_second"], r["peak_gib"], f"{aim}, {gib} GiB"])
-    columns = ["batch", "how", "ms", "tokens/s", "peak GiB", "aim"]
-    return markdown(columns, rows) + "\n\n" + source(f"bench_finetune_8layers_{gpu}")
+        return f"{aim}, {gib} GiB"
+
+    return _steps(f"bench_finetune_8layers_{gpu}", "aim", aimed)
+
+
+def step_32_layers(gpu: str) -> str:
+    return _steps(f"bench_finetune_32layers_{gpu}", "PEFT / this", lambda r: r.get("speedup"))
+
+
+def _steps(name: str, last: str, value: Callable[[dict], object]) -> str:
+    """A table of whole steps, with one more column."""
+    rows = [
+        [r["case"], r["what"], r.get("ms", r.get("note")), r.get("tokens_per_second"), r.get("peak_gib"), value(r)]
+        for r in load(name)["rows"]
+    ]
+    return markdown(["batch", "how", "ms", "tokens/s", "peak GiB", last], rows) + "\n\n" + source(name)
 
 
 def optimizer(gpu: str) -> str:
@@ -223,6 +235,16 @@ def distributed(gpu: str) -> str:
     return markdown(columns, rows) + "\n\n" + source(f"bench_distributed_{gpu}")
 
 
+def methods(gpu: str) -> str:
+    name = f"bench_methods_{gpu}"
+    rows = []
+    for r in load(name)["rows"]:
+        numbers = [r["trainable"] or None, r.get("file_mib"), r.get("peak_mib"), r.get("step_ms")]
+        rows.append([r["method"], *numbers, r["loss_shown"], r["accuracy_shown"]])
+    columns = ["method", "trained", "file, MiB", "peak, MiB", "step, ms", "held-out loss", "accuracy, %"]
+    return markdown(columns, rows) + "\n\n" + source(name)
+
+
 def cpu(gpu: str) -> str:
     rows = []
     for r in load("bench_quantize_cpu")["rows"]:
@@ -255,11 +277,13 @@ TABLES: dict[str, Callable[[str], str]] = {
         linear_lora,
         layers,
         step,
+        step_32_layers,
         optimizer,
         memory,
         scale,
         load_model,
         distributed,
+        methods,
         cpu,
     )
 }
