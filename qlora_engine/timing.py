@@ -23,7 +23,7 @@ class Timer:
         self.min_seconds = 0.02 if quick else 0.08
         self.flush = torch.ones(FLUSH_BYTES // 4, device=device) if device == "cuda" else None
         if device == "cuda":  # an idle card's clocks need a moment to rise
-            square = torch.randn(4096, 4096, device=device)
+            square = torch.randn(4096, 4096, device=device, dtype=torch.bfloat16)
             for _ in range(1000):  # a quarter of a second
                 square @ square
             torch.cuda.synchronize()

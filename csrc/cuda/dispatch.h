@@ -1,4 +1,4 @@
-// Which way a product with a 4-bit weight goes, and in what configuration.
+// What configurations the kernels of products with a 4-bit weight have, and which way is asked for.
 #pragma once
 #include <algorithm>
 #include <cstdint>
@@ -38,6 +38,11 @@ inline FusedConfig choose_config(int64_t M, int64_t N, int64_t K, int multiproce
   return {tokens, 1, M <= 64 && (K >= 8192 || tiles(tokens) <= 16) ? 8 : 2};
 }
 
+inline bool valid_levels(const FusedConfig& c) {
+  const bool tokens = c.tokens >= 8 && c.tokens <= 128 && (c.tokens & (c.tokens - 1)) == 0;
+  return tokens && c.splits >= 1 && c.splits <= 8 && c.pair == 1;
+}
+
 inline bool valid_config(const Sm80Config& c) {
   return (c.tokens == 16 || c.tokens == 32 || c.tokens == 64 || c.tokens == 128) && c.splits >= 1 && c.splits <= 16;
 }
@@ -53,14 +58,14 @@ inline Sm80Config choose_sm80_config(int64_t M, int64_t N, int64_t K, int multip
   return {tokens, int(std::clamp<int64_t>(tokens == 128 ? 1 : splits, 1, 16))};
 }
 
-// What QLORA_ENGINE_LINEAR asks for: auto (or unset), fused, fused:TOKENS,PAIR,SPLITS, fused:sm80,
-// fused:sm80:TOKENS,SPLITS, or dequantize.
+// What QLORA_ENGINE_LINEAR asks for: auto (or unset), few, levels:TOKENS,PAIR,SPLITS, fused, fused:TOKENS,PAIR,SPLITS,
+// fused:sm80, fused:sm80:TOKENS,SPLITS, or dequantize.
 struct LinearChoice {
-  enum Path { kAuto, kFused, kDequantize, kSm80, kUnknown } path = kAuto;
+  enum Path { kAuto, kFewRows, kLevels, kFused, kDequantize, kSm80, kUnknown } path = kAuto;
   bool has_config = false;
-  FusedConfig config{};
+  FusedConfig config{};  // of kLevels too
   Sm80Config sm80{};
-  bool fused() const { return path == kFused || path == kSm80; }
+  bool fused() const { return path == kFused || path == kSm80 || path == kLevels; }
 };
 
 inline LinearChoice linear_choice() {
@@ -70,8 +75,14 @@ inline LinearChoice linear_choice() {
   choice.path = LinearChoice::kUnknown;
   if (std::strcmp(text, "dequantize") == 0) choice.path = LinearChoice::kDequantize;
   if (std::strcmp(text, "fused") == 0) choice.path = LinearChoice::kFused;
+  if (std::strcmp(text, "few") == 0) choice.path = LinearChoice::kFewRows;
   FusedConfig& c = choice.config;
   int read = 0;
+  if (std::sscanf(text, "levels:%d,%d,%d%n", &c.tokens, &c.pair, &c.splits, &read) == 3 && text[read] == 0 &&
+      valid_levels(c)) {
+    choice.path = LinearChoice::kLevels;
+    choice.has_config = true;
+  }
   if (std::sscanf(text, "fused:%d,%d,%d%n", &c.tokens, &c.pair, &c.splits, &read) == 3 && text[read] == 0 &&
       valid_config(c)) {
     choice.path = LinearChoice::kFused;
@@ -84,58 +95,6 @@ inline LinearChoice linear_choice() {
     choice.has_config = true;
   }
   return choice;
-}
-
-// The most rows for which the fused kernel is chosen over decoding W and cuBLAS. Measured as above, it is up to 2.5 times
-// as fast below 2048 rows, 1.0 to 1.04 times at 2048, and 0.96 times at 4096. An adapter costs it 1 to 3%, but the other
-// way a pass or two over y: with rank 16, fused | decoded at
-//   M         2048        4096        8192
-//   4096²     106 | 119   202 | 212    399 |  396 us
-//   14336     348 | 389   721 | 724   1533 | 1458
-//   K 14336   332 | 355   700 | 677   1476 | 1349
-inline int64_t most_fused_rows(int64_t K, bool adapter) { return adapter && K <= 8192 ? 4096 : 2048; }
-
-// The most rows for which the kernel for 8.0 is chosen without being asked for.
-inline constexpr int64_t kMostSm80Rows = 64;
-
-struct LinearRoute {
-  enum Path { kFewRows, kFused, kDequantize, kSm80, kDoesNotFit } path;
-  FusedConfig config;  // of kFused
-  Sm80Config sm80;     // of kSm80
-};
-
-// The way of a product whose x is aligned to 16 bytes, with or without an adapter; kDoesNotFit where the fused kernel was
-// asked for in vain.
-inline LinearRoute linear_route(const Nf4Weight& weight, Dtype dtype, int64_t M, int64_t N, int64_t K,
-                                bool adapter, const LinearChoice& choice, int multiprocessors) {
-  if (choice.path == LinearChoice::kDequantize) return {LinearRoute::kDequantize, {}, {}};
-  const bool forced = choice.fused();
-  const int64_t few = fused_available() ? kFewRowsSm90 : kFewRows;
-  if (!forced && M <= few && few_rows_fit(weight, dtype, nullptr, N, K)) return {LinearRoute::kFewRows, {}, {}};
-  const auto sm80 = [&]() -> LinearRoute {
-    return {LinearRoute::kSm80, {}, choice.has_config ? choice.sm80 : choose_sm80_config(M, N, K, multiprocessors)};
-  };
-  if (choice.path == LinearChoice::kSm80 || !fused_available()) {
-    const bool fits = !(choice.has_config && choice.path == LinearChoice::kFused) &&  // a configuration of the other
-                      linear_sm80_fits(weight, dtype, M, N, K);
-    if (forced && !fits) return {LinearRoute::kDoesNotFit, {}, {}};
-    // by itself while reading W bounds a product: not measured on a GPU of 8.0, but it moves a quarter of the bytes
-    if (!fits || !(forced || M <= kMostSm80Rows)) return {LinearRoute::kDequantize, {}, {}};
-    return sm80();
-  }
-  if (!fused_fits(weight, dtype, M, N, K)) {
-    return {forced ? LinearRoute::kDoesNotFit : LinearRoute::kDequantize, {}, {}};
-  }
-  if (!forced && M > most_fused_rows(K, adapter)) return {LinearRoute::kDequantize, {}, {}};
-  const FusedConfig config = choice.has_config ? choice.config : choose_config(M, N, K, multiprocessors);
-  // where the fused kernel would divide K, the other is faster up to 64 rows (it has no adapters): fused | 8.0, us, at
-  //   M         32           64
-  //   4096²     27.3 | 21.2  29.6 | 26.6
-  //   K 14336   52.8 | 41.6  55.6 | 53.1
-  if (!forced && !adapter && M <= kMostSm80Rows && config.splits > 1 && linear_sm80_fits(weight, dtype, M, N, K)) {
-    return sm80();
-  }
-  return {LinearRoute::kFused, config, {}};
 }
 
 }  // namespace qlora_engine::cuda

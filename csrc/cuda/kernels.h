@@ -87,6 +87,12 @@ cudaError_t linear_nf4_sm90(const void* x, const Nf4Weight& weight, const void* 
                             Dtype dtype, void* y, int64_t M, int64_t N, int64_t K, const FusedConfig& config,
                             cudaStream_t stream);
 
+// As linear_nf4_sm90, which fits where this does, but levels are rounded instead of weights. tokens 8, 16, 32, 64 or 128;
+// pair 1; splits 1 to 8.
+cudaError_t linear_nf4_levels_sm90(const void* x, const Nf4Weight& weight, const void* bias, const Adapter& adapter,
+                                   Dtype dtype, void* y, int64_t M, int64_t N, int64_t K, const FusedConfig& config,
+                                   cudaStream_t stream);
+
 // What a product whose sum is in parts needs beside its output: float32 numbers, and counters. Both may hold anything.
 struct ProductScratch {
   int64_t partials;

@@ -8,6 +8,7 @@
 #include "dispatch.h"
 #include "dispatch_backward.h"
 #include "launch.h"
+#include "linear_route.h"
 #include "products.h"
 
 namespace qlora_engine::cuda {
@@ -27,8 +28,8 @@ std::pair<std::vector<int64_t>, int64_t> replace_last(const Tensor& x, int64_t l
 LinearChoice checked_choice(const char* op) {
   const LinearChoice choice = linear_choice();
   STD_TORCH_CHECK(choice.path != LinearChoice::kUnknown, op, ": QLORA_ENGINE_LINEAR=", std::getenv("QLORA_ENGINE_LINEAR"),
-                  "; expected auto, fused, fused:TOKENS,PAIR,SPLITS (such as fused:64,1,4), fused:sm80, "
-                  "fused:sm80:TOKENS,SPLITS or dequantize");
+                  "; expected auto, few, levels:TOKENS,PAIR,SPLITS (such as levels:64,1,4), fused, fused:TOKENS,PAIR,SPLITS, "
+                  "fused:sm80, fused:sm80:TOKENS,SPLITS or dequantize");
   return choice;
 }
 
@@ -38,8 +39,11 @@ LinearRoute route_of(const char* op, const Nf4Weight& weight, Dtype dtype, int64
   int count = 0;
   check_launch(op, multiprocessors(&count));
   const LinearRoute route = linear_route(weight, dtype, M, N, K, adapter, choice, count);
-  STD_TORCH_CHECK(route.path != LinearRoute::kDoesNotFit, op, ": QLORA_ENGINE_LINEAR=fused, but ",
-                  fused_available() || !choice.has_config
+  STD_TORCH_CHECK(route.path != LinearRoute::kDoesNotFit, op, ": QLORA_ENGINE_LINEAR=", std::getenv("QLORA_ENGINE_LINEAR"), ", but ",
+                  choice.path == LinearChoice::kFewRows
+                      ? "the kernel for few rows takes up to 16 rows of x and whole blocks in a row of W; use "
+                        "QLORA_ENGINE_LINEAR=auto"
+                  : fused_available() || !choice.has_config
                       ? "the fused kernel takes float16 or bfloat16, a blocksize of 64 or more that divides "
                         "in_features, and a weight aligned to 16 bytes; use QLORA_ENGINE_LINEAR=auto"
                       : "this configuration needs a GPU of compute capability 9.0 and a library compiled for it (9.0a "
@@ -102,10 +106,11 @@ Tensor multiply(const char* op, const Tensor& x, const Nf4Pointers& weight, int6
   const void* bias_data = bias ? bias->const_data_ptr() : nullptr;
   const cudaStream_t stream = current_stream(x.get_device_index());
   bool added = lora.rank == 0;
-  if (route.path == LinearRoute::kFused) {
+  if (route.path == LinearRoute::kFused || route.path == LinearRoute::kLevels) {
     const KernelAdapter with(lora);
-    check_launch(op, linear_nf4_sm90(rows.const_data_ptr(), w4, bias_data, with.adapter, dtype, y.mutable_data_ptr(), M,
-                                     N, K, route.config, stream));
+    const auto launch = route.path == LinearRoute::kFused ? linear_nf4_sm90 : linear_nf4_levels_sm90;
+    check_launch(op, launch(rows.const_data_ptr(), w4, bias_data, with.adapter, dtype, y.mutable_data_ptr(), M, N, K,
+                            route.config, stream));
     added |= with.adapter.rank > 0;
   } else if (route.path == LinearRoute::kSm80) {
     const ProductScratch scratch = linear_sm80_scratch(route.sm80, M, N);
@@ -247,7 +252,8 @@ STABLE_TORCH_LIBRARY_IMPL(qlora_engine, CUDA, m) {
 }  // namespace qlora_engine::cuda
 
 // The way linear_nf4 takes on the current device: route[0] = 0 few rows, 1 fused, 2 dequantize, 3 fused for compute
-// capability 8.0; route[1..3] the fused configuration; adapter: of linear_nf4_lora. Returns what is wrong, or nullptr; the words hold until the thread's next call.
+// capability 8.0, 4 levels; route[1..3] the configuration; adapter: of linear_nf4_lora. Returns what is wrong, or nullptr;
+// the words hold until the thread's next call.
 extern "C" __attribute__((visibility("default"))) const char* qlora_engine_linear_route(
     int64_t M, int64_t N, int64_t K, int64_t blocksize, int dtype, int adapter, int32_t route[4]) noexcept {
   using namespace qlora_engine::cuda;

@@ -62,6 +62,10 @@ __device__ __forceinline__ void named_barrier(int id, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
+// Has a map ready for the first copy.
+__device__ __forceinline__ void prefetch_map(const CUtensorMap* map) {
+  asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
+}
 // Tile copies; x counts elements of a row, y rows.
 __device__ __forceinline__ void tile_load(uint32_t to, const CUtensorMap* map, int x, int y, uint32_t barrier) {
   asm volatile(
@@ -69,6 +73,10 @@ __device__ __forceinline__ void tile_load(uint32_t to, const CUtensorMap* map, i
           to),
       "l"(map), "r"(x), "r"(y), "r"(barrier)
       : "memory");
+}
+// Into the L2 alone.
+__device__ __forceinline__ void tile_prefetch(const CUtensorMap* map, int x, int y) {
+  asm volatile("cp.async.bulk.prefetch.tensor.2d.L2.global.tile [%0, {%1, %2}];" ::"l"(map), "r"(x), "r"(y) : "memory");
 }
 // To the same address of every block of the cluster whose bit is set, completing on each one's barrier.
 __device__ __forceinline__ void tile_load_multicast(uint32_t to, const CUtensorMap* map, int x, int y,
@@ -198,6 +206,10 @@ __device__ __forceinline__ void store_matrices_transposed(uint32_t address, uint
 // 1024 bytes apart; the tile begins at a multiple of 1024.
 __device__ __forceinline__ uint64_t swizzled_tile(uint32_t address) {
   return uint64_t((address & 0x3FFFFu) >> 4) | uint64_t(1) << 16 | uint64_t(1024 >> 4) << 32 | uint64_t(1) << 62;
+}
+// The same, `sixteens` times 16 bytes further: in 32 bits, so that the upper half is known to be a constant.
+__device__ __forceinline__ uint64_t tile_further(uint64_t tile, uint32_t sixteens) {
+  return (tile & 0xFFFFFFFF00000000u) | (uint32_t(tile) + sixteens);
 }
 
 }  // namespace qlora_engine::cuda::sm90

@@ -8,15 +8,15 @@ import torch
 from qlora_engine.ops import backend, checks
 
 LINEAR_ENVIRONMENT_VARIABLE = "QLORA_ENGINE_LINEAR"
-_PATHS = ("few rows", "fused", "dequantize", "fused sm80")
+_PATHS = ("few rows", "fused", "dequantize", "fused sm80", "levels")
 _DTYPE_NUMBERS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
 
 class LinearPath(NamedTuple):
-    """The way of a product: "few rows", "fused", "fused sm80" or "dequantize", and a fused kernel's configuration.
+    """The way of a product: "few rows", "levels", "fused", "fused sm80" or "dequantize"; a kernel's configuration.
 
-    "fused" is the kernel for compute capability 9.0: a thread block takes 128 rows of W and `tokens` rows of x;
-    `pair` blocks share x, or `splits` blocks divide in_features among them. "fused sm80" is the one for 8.0 and
+    "levels" and "fused" are kernels for compute capability 9.0: a thread block takes 128 rows of W and `tokens` rows
+    of x; `pair` blocks share x, or `splits` blocks divide in_features among them. "fused sm80" is the one for 8.0 and
     later, only taken by name: a block takes 128 rows of W, or 256 beside 128 rows of x. Zeros for the other ways.
     """
 
@@ -38,8 +38,9 @@ def linear_path(
     """Which way `linear_nf4` takes on a GPU for x `[M, K]` and W `[N, K]`, where all addresses are aligned.
 
     "dequantize" decodes the weight to `dtype` and calls cuBLAS; the others read the packed weight alone. The
-    environment variable QLORA_ENGINE_LINEAR forces a way: auto (default), fused, fused:TOKENS,PAIR,SPLITS,
-    fused:sm80, fused:sm80:TOKENS,SPLITS or dequantize.
+    environment variable QLORA_ENGINE_LINEAR forces a way: auto (default: the fastest measured for the nearest
+    product, csrc/cuda/linear_table.h), few, levels:TOKENS,PAIR,SPLITS, fused, fused:TOKENS,PAIR,SPLITS, fused:sm80,
+    fused:sm80:TOKENS,SPLITS or dequantize.
 
     Args:
         M: rows of x, the product of all its dimensions but the last.

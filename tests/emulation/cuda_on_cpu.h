@@ -59,7 +59,7 @@ struct Thread {
 // A block of a launch with `dynamic` bytes of shared memory besides the variables' 64 KB.
 constexpr size_t kStack = 256 << 10, kSharedBytes = 64 << 10, kSharedStride = 320 << 10;
 constexpr size_t kSharedStart = 1024;  // where sm_90 lets a block's own shared memory start
-constexpr unsigned kMaxThreads = 4096, kMaxCluster = 8;
+constexpr unsigned kMaxThreads = 8192, kMaxCluster = 8;
 
 inline Thread* current;
 inline dim3 block_size, grid_size;

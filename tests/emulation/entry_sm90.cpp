@@ -27,6 +27,13 @@ int run_linear_sm90(const void* x, const Nf4Weight* weight, const void* bias, in
                          nullptr);
 }
 
+int run_linear_levels_sm90(const void* x, const Nf4Weight* weight, const void* bias, int dtype, void* y, int64_t M,
+                           int64_t N, int64_t K, const void* S, int64_t pitch, const void* B, int64_t rank, int tokens,
+                           int pair, int splits) {
+  return linear_nf4_levels_sm90(x, *weight, bias, {S, pitch, B, rank}, Dtype(dtype), y, M, N, K, {tokens, pair, splits},
+                                nullptr);
+}
+
 int run_few_rows_sm90(const void* x, const Nf4Weight* weight, const void* bias, int dtype, void* y, int64_t M,
                       int64_t N, int64_t K) {
   return linear_nf4_few_rows_sm90(x, *weight, bias, Dtype(dtype), y, M, N, K, nullptr);

@@ -154,6 +154,7 @@ inline void product_commit() { emulated::under_way[emulated::slot()].groups.empl
 template <int kPending>
 void product_wait() {
   emulated::wait_for_products(kPending);
+  __syncwarp();  // of the instruction (.sync.aligned)
 }
 
 template <typename T, int kN>
@@ -208,6 +209,8 @@ inline void named_barrier(int id, int threads) {
   emulated::wait(emulated::Wait::kNamed);
 }
 
+inline void prefetch_map(const CUtensorMap*) {}
+inline void tile_prefetch(const CUtensorMap*, int, int) {}
 inline void load_tile(uint32_t to, const CUtensorMap* map, int x, int y, uint32_t barrier) {
   const emulated::Map m = *reinterpret_cast<const emulated::Map*>(map);
   emulated::begin_copy([=] {
@@ -288,6 +291,7 @@ inline uint64_t swizzled_tile(uint32_t address) {
   if (address % 1024 != 0) fprintf(stderr, "an operand at %u\n", address), abort();
   return address >> 4;
 }
+inline uint64_t tile_further(uint64_t tile, uint32_t sixteens) { return tile + sixteens; }
 
 }  // namespace qlora_engine::cuda::sm90
 

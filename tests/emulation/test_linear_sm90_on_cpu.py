@@ -41,8 +41,8 @@ def copy_aligned(tensor):
     return aligned(tensor.shape, tensor.dtype).copy_(tensor)
 
 
-def fused(kernels, x, w4, config, bias=None, S=None, B=None):
-    """y of the kernel for many rows in a configuration; None: of the kernel for few."""
+def fused(kernels, x, w4, config, bias=None, S=None, B=None, run=None):
+    """y of the kernel for many rows in a configuration, or of `run`; None: of the kernel for few."""
     M, (N, K) = x.shape[0], w4.shape
     packed = torch.zeros(w4.packed.numel() + 64, dtype=torch.uint8)
     start = -packed.data_ptr() % 16
@@ -50,9 +50,8 @@ def fused(kernels, x, w4, config, bias=None, S=None, B=None):
     x, y = copy_aligned(x), aligned((M, N), x.dtype)
     weight = Weight(N * K, packed, *w4.arguments[1:])
     numbers = [ctypes.c_int64(n) for n in (M, N, K)]
-    run = kernels.run_few_rows_sm90
+    run = run or (kernels.run_few_rows_sm90 if config is None else kernels.run_linear_sm90)
     if config is not None:
-        run = kernels.run_linear_sm90
         pitch, rank = (0, 0) if S is None else (S.stride(0), S.shape[1])
         numbers += [pointer(S), ctypes.c_int64(pitch), pointer(B), ctypes.c_int64(rank)]
         numbers += [ctypes.c_int(n) for n in config]

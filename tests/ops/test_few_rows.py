@@ -4,9 +4,18 @@ import pytest
 import torch
 
 from qlora_engine import ops, quantize
+from qlora_engine.ops.linear import LINEAR_ENVIRONMENT_VARIABLE, linear_path
 from tests.numerics import RELATIVE_RMS, assert_close, relative_rms
 
 pytestmark = pytest.mark.gpu
+
+
+@pytest.fixture(autouse=True)
+def _few_rows(monkeypatch):
+    """The kernel for few rows, where another may have been measured to be faster."""
+    if torch.cuda.get_device_capability() == (9, 0):
+        monkeypatch.setenv(LINEAR_ENVIRONMENT_VARIABLE, "few")
+
 
 # On 132 multiprocessors: 1, 2, 3, 4, 5 and 8 groups of 8 rows each, two panels, and an odd last one.
 ROWS = [1, 7, 8, 1056, 1057, 2113, 4096, 5000, 8449, 9001]
@@ -75,3 +84,13 @@ def test_holds_no_decoded_weight(M):
     before = torch.cuda.memory_allocated()
     ops.linear_nf4(x, *w4.arguments, 4096, None)
     assert torch.cuda.max_memory_allocated() - before < 1 << 20  # a decoded weight would be 32 MiB
+
+
+def test_is_refused_by_name_for_more_rows():
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("another limit, and nothing forced")
+    assert linear_path(16, 2000, 4096, torch.bfloat16).name == "few rows"
+    with pytest.raises(
+        RuntimeError, match="QLORA_ENGINE_LINEAR=few, but the kernel for few rows takes up to 16 rows"
+    ):
+        linear_path(17, 2000, 4096, torch.bfloat16)

@@ -226,7 +226,7 @@ def test_what_does_not_fit_is_refused_by_name(force):
     with pytest.raises(RuntimeError, match="the fused kernel takes float16 or bfloat16, a blocksize of 64"):
         fused(torch.randn(16, 96, device="cuda", dtype=torch.bfloat16), random_weight(32, 96, 32))
     force("quick")
-    with pytest.raises(RuntimeError, match="QLORA_ENGINE_LINEAR=quick; expected auto, fused"):
+    with pytest.raises(RuntimeError, match="QLORA_ENGINE_LINEAR=quick; expected auto, few, levels"):
         fused(torch.randn(16, 128, device="cuda", dtype=torch.bfloat16), random_weight(32, 128))
 
 
