@@ -7,11 +7,13 @@ Microseconds a call. "dense" is cuBLAS (or the CPU's BLAS) on a weight of the ac
 eight times the memory. On a GPU ours, dense, and the kernel that only reads W are timed in a replayed CUDA graph, so
 that the host takes no part; "called" is ours without a graph, as bitsandbytes, "decoded" (dequantize_nf4 and cuBLAS)
 and "fused:sm80" (the kernel for compute capability 8.0, on whichever GPU this is) are. --path forces the way of
-y = x W^T as QLORA_ENGINE_LINEAR does.
+y = x W^T as QLORA_ENGINE_LINEAR does. "host" is the host's part of a call, of the registered operator, of the kernel
+without torch's dispatcher ("direct", which layers use), and of torch's linear.
 """
 
 import os
 import sys
+import time
 
 import harness
 import peers
@@ -20,6 +22,7 @@ import torch.nn.functional as F
 
 import qlora_engine as qe
 from qlora_engine import ops
+from qlora_engine.ops.direct import operator
 from qlora_engine.ops.linear import LINEAR_ENVIRONMENT_VARIABLE, linear_path
 
 WEIGHTS = {
@@ -48,6 +51,19 @@ def forced(path: str, function):
             del os.environ[LINEAR_ENVIRONMENT_VARIABLE]
         else:
             os.environ[LINEAR_ENVIRONMENT_VARIABLE] = before
+
+
+def host_microseconds(function, calls: int = 200) -> float:
+    """The host's part of a call: many calls behind each other, whose end is not waited for; the best of five."""
+    best = float("inf")
+    for _ in range(5):
+        torch.cuda.synchronize()
+        began = time.perf_counter()
+        for _ in range(calls):
+            function()
+        best = min(best, (time.perf_counter() - began) / calls)
+    torch.cuda.synchronize()
+    return best * 1e6
 
 
 def measure(N, K, M, dtype_name, timer, device, check) -> dict:
@@ -84,6 +100,13 @@ def measure(N, K, M, dtype_name, timer, device, check) -> dict:
         from reader import read_microseconds
 
         row["called_us"] = timer(forward)
+        if M == 1:
+            row["host_us"], row["dense_host_us"] = (
+                host_microseconds(forward),
+                host_microseconds(lambda: F.linear(x, weight)),
+            )
+            direct = operator("linear_nf4", x)
+            row["direct_host_us"] = host_microseconds(lambda: direct(x, *w4.arguments, N, None))
         name, *config = linear_path(M, N, K, dtype)
         row["path"] = f"{name} {','.join(map(str, config))}" if any(config) else name
         row["decoded_us"] = forced("dequantize", lambda: timer(forward))

@@ -65,7 +65,7 @@ def candidates(M: int, N: int, K: int, processors: int) -> list[str]:
             found += [f"levels:{tokens},1,{s}" for s in level_splits(count, K // 256, processors)]
     if M >= 64:
         for tokens in (64, 128, 256):
-            if not (M <= 2 * tokens and tokens <= M or tokens == 256 <= M):
+            if not ((2 * tokens >= M and tokens <= M) or tokens == 256 <= M):
                 continue
             count = tiles * ((M + tokens - 1) // tokens)
             found += [f"fused:{tokens},1,{s}" for s in (1, 2, 4, 8) if s == 1 or count * s <= 2 * processors]

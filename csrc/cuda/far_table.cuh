@@ -51,6 +51,16 @@ struct FarTable {
 #endif
     return dynamic - uint32_t(kLow);
   }
+  // Of a block that is in no cluster: a constant, so that no register holds it. On a CPU, which runs this text in a test,
+  // it is any multiple of 64 KB.
+  static __device__ __forceinline__ uint32_t constant_address(uint32_t dynamic) {
+#ifdef __CUDA_ARCH__
+    if (dynamic != kFirst) __trap();
+    return kAlignment;
+#else
+    return address(dynamic);
+#endif
+  }
   // 128 bytes that are no part of it.
   static __device__ __forceinline__ uint32_t gap(uint32_t table, uint32_t i) { return table + i * kEntry + 128; }
 

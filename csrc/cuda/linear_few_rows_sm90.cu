@@ -13,17 +13,15 @@
 // The accumulators of a block are multiplied by its scale in float32; the 16 warps' sums meet in shared memory once 4
 // panels and are added in a fixed order.
 //
-// Shared memory: the look-up table lies at a multiple of 64 KB, entries 256 bytes apart, so that a code is the second byte
-// of an address. The scales of a stage's 16 warps are in the upper halves of entries, stages before and behind the table.
+// Shared memory: the scales of a stage's 16 warps are in gaps of the look-up table (far_table.cuh), stages before and
+// behind it.
 //
 // Bound: bytes of W. Where K is more than a stage's columns, x is read from the L2 again for every 4 panels: at 8 rows as
 // many bytes as W has, at 16 twice as many.
-#include <cstring>
-
-#include "copy_async.cuh"
+#include "far_table.cuh"
 #include "launch.h"
 #include "pair_table.cuh"
-#include "sm90.cuh"
+#include "row_scales.cuh"
 
 namespace qlora_engine::cuda {
 namespace {
@@ -39,15 +37,11 @@ struct Layout {
   static constexpr int kBlocks = 4 / kTiles;  // of a warp in a stage
   static constexpr int kChunk = kWarps * kBlocks * kColumns, kPitch = kChunk / 2 + 32;  // columns of a stage; bytes
   static constexpr int kStageBytes = kRows * kPitch;
-  static constexpr int kEntry = 256, kTableBytes = 256 * kEntry, kAlignment = 65536;
-  static constexpr int kFirst = 1024;  // the address of dynamic shared memory
-  static constexpr int kLow = kFirst - kAlignment;
-  static constexpr int kLowStages = (kAlignment - kFirst - 2048) / kStageBytes;
+  static constexpr int kLow = FarTable::kLow, kLowStages = (-kLow - 2048) / kStageBytes;
   static constexpr int kMap = kLow + kLowStages * kStageBytes, kBarriers = kMap + 256 * 4;
   static constexpr int kSumPitch = kPanels * kRows + 4;  // floats; every second row of x lies in other banks
-  static constexpr int kSums = kTableBytes, kSumBytes = kWarps * kTiles * 8 * kSumPitch * 4;
-  static constexpr int kHigh = kSums + kSumBytes, kBytes = 227 * 1024;
-  static constexpr int kHighStages = (kBytes - (kAlignment - kFirst) - kHigh) / kStageBytes;
+  static constexpr int kSums = FarTable::kBytes, kSumBytes = kWarps * kTiles * 8 * kSumPitch * 4;
+  static constexpr int kHigh = kSums + kSumBytes, kHighStages = (FarTable::kEnd - kHigh) / kStageBytes;
   static constexpr int kStages = kTiles == 1 ? 6 : 10;  // 100 KB; more under way make all other loads wait
   static_assert(kStages <= kLowStages + kHighStages);
   static_assert(kStages >= 4 && kStages * kWarps <= 256 && kBarriers + 2 * kStages * 8 <= 0);
@@ -57,55 +51,11 @@ struct FewRows {
   const void *x, *bias;
   void* y;
   int M, N, K;
-  uint16_t levels[16];  // in x's dtype; as a parameter they need no load from memory
+  RoundedLevels levels;
   bool whole_scales;    // those of 4 neighbouring blocks of 64 columns are one aligned word, or one vector
 };
 
 #ifdef QLORA_SM90
-
-// A constant, so that no register holds it. On a CPU, which runs this text in a test, it is any multiple of 64 KB.
-template <typename L>
-__device__ __forceinline__ uint32_t table_address(uint32_t dynamic) {
-#ifdef __CUDA_ARCH__
-  if (dynamic != L::kFirst) __trap();
-  return L::kAlignment;
-#else
-  return dynamic - uint32_t(L::kLow);
-#endif
-}
-
-// The scales of 4 neighbouring blocks of 64 columns in a row of W, as they are stored. Where they are one aligned word
-// (or vector), it is read three or six stages ahead.
-template <bool kNested>
-struct FourScales {
-  float value[kNested ? 1 : 4];  // nested_absmax, or absmax
-  uint32_t codes;
-
-  __device__ __forceinline__ void load(const Nf4Weight& weight, uint32_t block) {
-    if constexpr (kNested) {
-      codes = __ldg(reinterpret_cast<const uint32_t*>(weight.absmax_codes + block));
-      value[0] = __ldg(weight.nested_absmax + block / kNestedBlocksize);
-    } else {
-      const float4 four = __ldg(reinterpret_cast<const float4*>(weight.absmax + block));
-      value[0] = four.x, value[1] = four.y, value[2] = four.z, value[3] = four.w;
-    }
-  }
-  __device__ __forceinline__ float decode(int i, uint32_t map, float offset) const {
-    if constexpr (kNested) {
-      return decode_scale(sm90::load_shared_float(map + (codes >> (8 * i) & 255u) * 4), value[0], offset);
-    }
-    return value[i];
-  }
-};
-
-template <bool kNested>
-__device__ __forceinline__ float one_scale(const Nf4Weight& weight, int64_t block, uint32_t map, float offset) {
-  if constexpr (kNested) {
-    const float level = sm90::load_shared_float(map + __ldg(weight.absmax_codes + block) * 4u);
-    return decode_scale(level, __ldg(weight.nested_absmax + block / kNestedBlocksize), offset);
-  }
-  return __ldg(weight.absmax + block);
-}
 
 // The stages of a thread block, in the order in which they pass: kPanels at a time, for each chunk of K, each panel.
 struct Order {
@@ -130,7 +80,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   using L = Layout<kTiles>;
   constexpr int kBlocks = L::kBlocks, kChunk = L::kChunk, kPitch = L::kPitch;
   extern __shared__ char dynamic[];
-  const uint32_t table = table_address<L>(shared_address(dynamic));
+  const uint32_t table = FarTable::constant_address(shared_address(dynamic));
   const uint32_t full = table + uint32_t(L::kBarriers), empty = full + L::kStages * 8, map = table + uint32_t(L::kMap);
   const auto stage_at = [&](int slot) {
     return table + uint32_t(slot < L::kLowStages ? L::kLow + slot * L::kStageBytes
@@ -170,16 +120,18 @@ __global__ void __launch_bounds__(kThreads, 1)
   } else if (warp > kWarps) {
     const int stages = order.stages(), row_in_panel = lane % kRows;
     int stage = warp - kWarps - 1;
+    const float inverse = problem.levels.inverse;
     // A lane has one row's scales of every 16th four blocks: [warp][row][block of the warp]
     const auto quad = [&](int i) { return i * 4 + lane / kRows; };
     const auto store = [&](int i, float a, float b, float c, float d) {
       const int owner = quad(i) * 4 / kBlocks;
-      const uint32_t to = table + (stage % L::kStages * kWarps + owner) * L::kEntry + 128 + row_in_panel * kBlocks * 4;
+      const uint32_t to = FarTable::gap(table, stage % L::kStages * kWarps + owner) + row_in_panel * kBlocks * 4;
+      a *= inverse, b *= inverse, c *= inverse, d *= inverse;
       if constexpr (kBlocks == 4) {
         store_shared_128(to, make_uint4(__float_as_uint(a), __float_as_uint(b), __float_as_uint(c), __float_as_uint(d)));
       } else {
         store_shared_64(to, make_uint2(__float_as_uint(a), __float_as_uint(b)));
-        store_shared_64(to + L::kEntry, make_uint2(__float_as_uint(c), __float_as_uint(d)));
+        store_shared_64(to + FarTable::kEntry, make_uint2(__float_as_uint(c), __float_as_uint(d)));
       }
     };
     const auto finish = [&] {
@@ -206,8 +158,8 @@ __global__ void __launch_bounds__(kThreads, 1)
     const float offset = kNested ? __ldg(weight.nested_offset) : 0.f;
     if (problem.whole_scales) {
       constexpr int kAhead = kNested ? 2 : 1;
-      FourScales<kNested> ahead[kAhead][kBlocks];
-      const auto load = [&](int stage, FourScales<kNested>(&to)[kBlocks]) {
+      RowScales<kNested, 4> ahead[kAhead][kBlocks];
+      const auto load = [&](int stage, RowScales<kNested, 4>(&to)[kBlocks]) {
         if (stage >= stages) return;
         int panel, chunk;
         order.find(stage, &panel, &chunk);
@@ -225,7 +177,7 @@ __global__ void __launch_bounds__(kThreads, 1)
 #pragma unroll
         for (int turn = 0; turn < kAhead; ++turn) {
           if (stage >= stages) break;
-          FourScales<kNested> own[kBlocks];
+          RowScales<kNested, 4> own[kBlocks];
 #pragma unroll
           for (int i = 0; i < kBlocks; ++i) own[i] = ahead[turn][i];
           load(stage + kAhead * kScaleWarps, ahead[turn]);
@@ -284,14 +236,8 @@ __global__ void __launch_bounds__(kThreads, 1)
 
     uint32_t slot = 0, parity = 0;
     load_x(0);
-    const int byte = threadIdx.x / 2;  // both of its threads have half of its 32 copies, in turn
-    const uint32_t pair = problem.levels[byte / 16] | uint32_t(problem.levels[byte % 16]) << 16;
     __syncthreads();
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const uint32_t piece = (i * 2 + threadIdx.x + byte) % 8;  // neighbouring threads start at neighbouring banks
-      store_shared_128(table + byte * L::kEntry + piece * 16, make_uint4(pair, pair, pair, pair));
-    }
+    FarTable::fill<kWarps * 32>(table, problem.levels, int(threadIdx.x));
     named_barrier(1, kThreads - 32);
     for (int begin = order.first; begin < order.end; begin += kPanels) {
       const int count = min(kPanels, order.end - begin);
@@ -311,7 +257,7 @@ __global__ void __launch_bounds__(kThreads, 1)
             float scale[2][kBlocks];
 #pragma unroll
             for (int i = 0; i < 2; ++i) {
-              const uint32_t at = table + (slots[i] * kWarps + warp) * L::kEntry + 128 + g * kBlocks * 4;
+              const uint32_t at = FarTable::gap(table, slots[i] * kWarps + warp) + g * kBlocks * 4;
               if constexpr (kBlocks == 4) {
                 const uint4 v = load_shared_128(at);
                 scale[i][0] = __uint_as_float(v.x), scale[i][1] = __uint_as_float(v.y);
@@ -327,10 +273,10 @@ __global__ void __launch_bounds__(kThreads, 1)
               const uint2 lower = load_shared_64(codes_at[1] + j * (kColumns / 2));
               float c[kTiles][4] = {};
               const auto multiply = [&](int at, uint32_t upper, uint32_t lower, uint32_t left, uint32_t right) {
-                const uint32_t a0 = load_table_32(permute(upper, lane_table, left)),
-                               a1 = load_table_32(permute(lower, lane_table, left)),
-                               a2 = load_table_32(permute(upper, lane_table, right)),
-                               a3 = load_table_32(permute(lower, lane_table, right));
+                const uint32_t a0 = FarTable::pair(upper, lane_table, left),
+                               a1 = FarTable::pair(lower, lane_table, left),
+                               a2 = FarTable::pair(upper, lane_table, right),
+                               a3 = FarTable::pair(lower, lane_table, right);
 #pragma unroll
                 for (int i = 0; i < kTiles; ++i) mma(T{}, c[i], a0, a1, a2, a3, own_x[j][i][at], own_x[j][i][at + 1]);
               };
@@ -390,22 +336,18 @@ template <typename T, bool kNested, int kTiles>
 cudaError_t launch(const FewRows& problem, const Nf4Weight& weight, cudaStream_t stream) {
   using L = Layout<kTiles>;
   constexpr auto kernel = linear_few_rows_sm90_kernel<T, kNested, kTiles>;
-  if (cudaError_t error = allow_shared_memory<kernel>(L::kBytes)) return error;
+  if (cudaError_t error = allow_shared_memory<kernel>(FarTable::kDynamicBytes)) return error;
   int count = 0;
   if (cudaError_t error = multiprocessors(&count)) return error;
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(unsigned(std::min(count, (problem.N + kRows - 1) / kRows)));
-  config.blockDim = dim3(kThreads), config.dynamicSmemBytes = L::kBytes, config.stream = stream;
+  config.blockDim = dim3(kThreads), config.dynamicSmemBytes = FarTable::kDynamicBytes, config.stream = stream;
   return cudaLaunchKernelEx(&config, kernel, problem, weight);
 }
 
 template <typename T>
 cudaError_t launch_for(FewRows problem, const Nf4Weight& weight, cudaStream_t stream) {
-  static constexpr float kLevels[16] = {QLORA_NF4_LEVELS};
-  for (int i = 0; i < 16; ++i) {
-    const T level(kLevels[i]);
-    std::memcpy(&problem.levels[i], &level, sizeof level);
-  }
+  problem.levels = RoundedLevels::make<T>();
   if (weight.absmax_codes) {
     return problem.M <= 8 ? launch<T, true, 1>(problem, weight, stream) : launch<T, true, 2>(problem, weight, stream);
   }

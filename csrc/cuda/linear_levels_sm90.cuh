@@ -28,8 +28,6 @@ struct LevelsTiling {
   static constexpr int kConsumerRegisters = kHalves == 2 ? 104 : 216;
 
   static constexpr bool kCodesAhead = kHalves == 1;  // codes are loaded two K-tiles ahead
-  // Stages beyond the ring whose codes are asked into the L2: about 64 KB, which memory needs under way
-  static constexpr int kPrefetched = kTokens >= 128 ? 6 : kTokens == 64 ? 3 : 1;
 
   static constexpr int kXTileBytes = kTokens * kTileColumns * 2, kXBytes = kStageTiles * kXTileBytes;
   static constexpr int kCodePitch = kStageTiles * kTileColumns / 2, kCodeBytes = kTileRows * kCodePitch;
@@ -106,13 +104,7 @@ __device__ __forceinline__ void load_stages(const LevelsBlock<Tile>& block, cons
   for (int tile = block.tile; block.more(tile); tile = block.next(tile)) {
     const WorkUnit unit = block.unit(tile);
     const int token0 = unit.token_tile * Tile::kTokens, row0 = block.row0(unit);
-    const auto prefetch = [&](int k) {
-      if (k < unit.end) tile_prefetch(packed_map, k * (kTileColumns / 2), row0);
-    };
-    constexpr int kAhead = (Tile::kStages + Tile::kPrefetched) * Tile::kStageTiles;
-    for (int i = Tile::kStages * Tile::kStageTiles; i < kAhead; i += Tile::kStageTiles) prefetch(unit.begin + i);
     for (int k = unit.begin; k < unit.end; k += Tile::kStageTiles) {
-      prefetch(k + kAhead);
       barrier_wait(block.empty(ring.stage), ring.parity);
       barrier_arrive_expecting(block.full(ring.stage), Tile::kXBytes + Tile::kCodeBytes);
       tile_load(block.codes(ring.stage), packed_map, k * (kTileColumns / 2), row0, block.full(ring.stage));

@@ -1,6 +1,6 @@
 // Which way a product with a 4-bit weight goes.
 #pragma once
-#include <cmath>
+#include <algorithm>
 
 #include "dispatch.h"
 #include "linear_table.h"
@@ -18,17 +18,20 @@ struct LinearRoute {
 };
 
 // The fastest way measured for the product nearest to this one (linear_table.h): of the least number of rows that is not
-// below M, with the W whose sides are nearest by their logarithms. Beyond the table's rows W is decoded.
+// below M, with the W whose sides are nearest by their ratios. Beyond the table's rows W is decoded.
 inline LinearRoute measured_route(int64_t M, int64_t N, int64_t K, bool adapter) {
   LinearRoute found{LinearRoute::kDequantize, {}, {}};
-  const double n = std::log2(double(N)), k = std::log2(double(K));
-  double nearest = 0;
   int rows = 0;
   for (const MeasuredProduct& entry : kMeasuredProducts) {
-    if (entry.adapter != adapter || entry.M < M || (rows != 0 && entry.M > rows)) continue;
-    const double distance = std::abs(std::log2(double(entry.N)) - n) + std::abs(std::log2(double(entry.K)) - k);
-    if (rows == entry.M && distance >= nearest) continue;
-    nearest = distance, rows = entry.M;
+    if (entry.adapter == adapter && entry.M >= M && (rows == 0 || entry.M < rows)) rows = entry.M;
+  }
+  const auto ratio = [](int64_t a, int64_t b) { return double(std::max(a, b)) / double(std::min(a, b)); };
+  double nearest = 0;
+  for (const MeasuredProduct& entry : kMeasuredProducts) {
+    if (entry.adapter != adapter || entry.M != rows) continue;
+    const double distance = ratio(entry.N, N) * ratio(entry.K, K);
+    if (nearest != 0 && distance >= nearest) continue;
+    nearest = distance;
     found.path = LinearRoute::Path(entry.path);
     found.config = {entry.tokens, entry.pair, entry.splits};
   }

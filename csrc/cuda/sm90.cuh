@@ -74,10 +74,6 @@ __device__ __forceinline__ void tile_load(uint32_t to, const CUtensorMap* map, i
       "l"(map), "r"(x), "r"(y), "r"(barrier)
       : "memory");
 }
-// Into the L2 alone.
-__device__ __forceinline__ void tile_prefetch(const CUtensorMap* map, int x, int y) {
-  asm volatile("cp.async.bulk.prefetch.tensor.2d.L2.global.tile [%0, {%1, %2}];" ::"l"(map), "r"(x), "r"(y) : "memory");
-}
 // To the same address of every block of the cluster whose bit is set, completing on each one's barrier.
 __device__ __forceinline__ void tile_load_multicast(uint32_t to, const CUtensorMap* map, int x, int y,
                                                     uint32_t barrier, uint16_t blocks) {

@@ -87,24 +87,25 @@ def _products(device: str, capability: tuple[int, int]) -> list[dict]:
     from qlora_engine.ops.linear import linear_path
 
     names = {"few rows": "CUDA, reads the packed weight"}
-    names |= dict.fromkeys(("fused", "fused sm80"), "CUDA, tensor cores on the packed weight")
+    names |= dict.fromkeys(("levels", "fused", "fused sm80"), "CUDA, tensor cores on the packed weight")
     found: list[dict] = []
-    for rows in ROWS:
-        path = linear_path(rows, 4096, 4096, torch.bfloat16, device=device).name
+    paths = {rows: linear_path(rows, 4096, 4096, torch.bfloat16, device=device).name for rows in ROWS}
+    fused = paths[64] in ("levels", "fused")
+    for rows, path in paths.items():
         found.append(_row(f"products, {rows} rows of 16-bit x", names.get(path, "dequantize, then cuBLAS")))
         if path == "dequantize":
-            found[-1]["why_not"] = _why_decoded(rows, capability)
+            found[-1]["why_not"] = _why_decoded(fused, capability)
     return found
 
 
-def _why_decoded(rows: int, capability: tuple[int, int]) -> str:
+def _why_decoded(fused: bool, capability: tuple[int, int]) -> str:
     if os.environ.get("QLORA_ENGINE_LINEAR") == "dequantize":
         return "QLORA_ENGINE_LINEAR=dequantize"
     if capability != HOPPER:
         return f"the kernel for many rows is for compute capability 9.0; this is {capability[0]}.{capability[1]}"
-    if rows <= ROWS[-2]:
+    if not fused:
         return "the library was built without sm_90a: see TORCH_CUDA_ARCH_LIST"
-    return "measured: decoding once and cuBLAS is faster from here on"
+    return "measured: decoding once and cuBLAS is faster"
 
 
 def _adapters() -> dict:

@@ -210,7 +210,6 @@ inline void named_barrier(int id, int threads) {
 }
 
 inline void prefetch_map(const CUtensorMap*) {}
-inline void tile_prefetch(const CUtensorMap*, int, int) {}
 inline void load_tile(uint32_t to, const CUtensorMap* map, int x, int y, uint32_t barrier) {
   const emulated::Map m = *reinterpret_cast<const emulated::Map*>(map);
   emulated::begin_copy([=] {

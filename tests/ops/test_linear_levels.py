@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from qlora_engine import ops, quantize
 from qlora_engine.ops.linear import LINEAR_ENVIRONMENT_VARIABLE, linear_path
-from tests.numerics import assert_close, relative_rms
+from tests.numerics import assert_close, relative_rms, size_of_sums
 from tests.ops.fused_products import fused, random_weight
 
 pytestmark = pytest.mark.gpu
@@ -38,6 +38,12 @@ def float64(x, w4, bias=None):
     return y if bias is None else y + bias.double()
 
 
+def check(x, w4, bias=None):
+    """A single small sum says nothing about its error: errors are relative to what such sums are usually worth."""
+    size = size_of_sums(x, w4.dequantize(torch.float32).T)
+    assert_close("y", fused(x, w4, bias), float64(x, w4, bias), BOUND[x.dtype], size)
+
+
 @pytest.mark.parametrize("config", [*WHOLE, *SPLIT])
 @pytest.mark.parametrize(
     ("M", "N", "K"), [(1, 1, 64), (9, 77, 128), (33, 129, 832), (130, 256, 1024), (257, 300, 1088), (5, 4096, 256)]
@@ -47,8 +53,8 @@ def test_against_float64(dtype, M, N, K, config, force, poisoned_memory):
     force(config)
     w4 = random_weight(N, K)
     x, bias = (torch.randn(*shape, device="cuda", dtype=dtype) for shape in ((M, K), (N,)))
-    assert_close("y", fused(x, w4), float64(x, w4), BOUND[dtype])
-    assert_close("y with bias", fused(x, w4, bias), float64(x, w4, bias), BOUND[dtype])
+    check(x, w4)
+    check(x, w4, bias)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -94,7 +100,7 @@ def test_every_residue_of_m(M, config, force, poisoned_memory):
     force(config)
     w4 = random_weight(264, 512)
     x = torch.randn(M, 512, device="cuda", dtype=torch.bfloat16)
-    assert_close("y", fused(x, w4), float64(x, w4), BOUND[torch.bfloat16])
+    check(x, w4)
 
 
 @pytest.mark.parametrize("N", [*range(120, 137), 191, 193, 255, 257])
@@ -103,7 +109,7 @@ def test_every_residue_of_n(N, config, force, poisoned_memory):
     force(config)
     w4 = random_weight(N, 768)
     x, bias = (torch.randn(*shape, device="cuda", dtype=torch.float16) for shape in ((40, 768), (N,)))
-    assert_close("y", fused(x, w4, bias), float64(x, w4, bias), BOUND[torch.float16])
+    check(x, w4, bias)
 
 
 @pytest.mark.parametrize("K", [64 * k for k in range(1, 14)])
@@ -112,7 +118,7 @@ def test_every_residue_of_k(K, config, force, poisoned_memory):
     force(config)
     w4 = random_weight(160, K)
     x = torch.randn(70, K, device="cuda", dtype=torch.bfloat16)
-    assert_close("y", fused(x, w4), float64(x, w4), BOUND[torch.bfloat16])
+    check(x, w4)
 
 
 @pytest.mark.parametrize("config", [*WHOLE, "levels:16,1,4", "levels:64,1,3"])
@@ -175,7 +181,7 @@ def test_random_products(data, monkeypatch):
     w4 = random_weight(N, K, blocksize, data.draw(st.booleans(), "double"))
     x = torch.randn(M, K, device="cuda", dtype=dtype)
     bias = torch.randn(N, device="cuda", dtype=dtype) if data.draw(st.booleans(), "bias") else None
-    assert_close("y", fused(x, w4, bias), float64(x, w4, bias), BOUND[dtype])
+    check(x, w4, bias)
 
 
 def test_another_stream(force):

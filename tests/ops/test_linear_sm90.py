@@ -234,9 +234,10 @@ def test_paths(force):
     force("auto")
     assert linear_path(4, 4096, 4096, torch.bfloat16).name == "few rows"
     assert linear_path(8192, 4096, 4096, torch.bfloat16).name == "dequantize"
-    assert linear_path(64, 14336, 4096, torch.bfloat16).name == "fused"
-    assert linear_path(64, 4096, 4096, torch.bfloat16).name == "fused sm80"
-    assert linear_path(64, 4096, 4096, torch.bfloat16, adapter=True).name == "fused"
+    assert linear_path(512, 14336, 4096, torch.bfloat16) == ("fused", 256, 1, 1)
+    assert linear_path(1024, 1024, 4096, torch.bfloat16).name == "dequantize"
+    assert linear_path(4096, 14336, 4096, torch.bfloat16).name == "dequantize"
+    assert linear_path(4096, 14336, 4096, torch.bfloat16, adapter=True).name == "fused"
     assert linear_path(64, 4096, 4096, torch.float32).name == "dequantize"
     assert linear_path(64, 4096, 4000, torch.bfloat16).name == "dequantize"
     force("dequantize")
