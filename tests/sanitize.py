@@ -3,8 +3,8 @@
     PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck python tests/sanitize.py
     PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool racecheck python tests/sanitize.py products
 
-Without the cache of torch's allocator every tensor is an allocation of its own, so that what is read or written beyond it
-is found. Names: quantize, products, backward, optimizer; none: all.
+Without the cache of torch's allocator every tensor is an allocation of its own: accesses beyond one are found.
+Names: quantize, products, backward, optimizer; none: all.
 """
 
 import os
