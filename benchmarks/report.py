@@ -240,8 +240,8 @@ def methods(gpu: str) -> str:
     rows = []
     for r in load(name)["rows"]:
         numbers = [r["trainable"] or None, r.get("file_mib"), r.get("peak_mib"), r.get("step_ms")]
-        rows.append([r["method"], *numbers, r["loss_shown"], r["accuracy_shown"]])
-    columns = ["method", "trained", "file, MiB", "peak, MiB", "step, ms", "held-out loss", "accuracy, %"]
+        rows.append([r["method"], *numbers, r["seeds"], r["loss_shown"], r["accuracy_shown"]])
+    columns = ["method", "trained", "file, MiB", "peak, MiB", "step, ms", "seeds", "held-out loss", "accuracy, %"]
     return markdown(columns, rows) + "\n\n" + source(name)
 
 
