@@ -28,8 +28,8 @@ std::pair<std::vector<int64_t>, int64_t> replace_last(const Tensor& x, int64_t l
 LinearChoice checked_choice(const char* op) {
   const LinearChoice choice = linear_choice();
   STD_TORCH_CHECK(choice.path != LinearChoice::kUnknown, op, ": QLORA_ENGINE_LINEAR=", std::getenv("QLORA_ENGINE_LINEAR"),
-                  "; expected auto, few, levels:TOKENS,PAIR,SPLITS (such as levels:64,1,4), fused, fused:TOKENS,PAIR,SPLITS, "
-                  "fused:sm80, fused:sm80:TOKENS,SPLITS or dequantize");
+                  "; expected auto, few, levels:TOKENS,PAIR,SPLITS (such as levels:64,1,4), fused, "
+                  "fused:TOKENS,PAIR,SPLITS, fused:sm80, fused:sm80:TOKENS,SPLITS or dequantize");
   return choice;
 }
 
@@ -39,7 +39,8 @@ LinearRoute route_of(const char* op, const Nf4Weight& weight, Dtype dtype, int64
   int count = 0;
   check_launch(op, multiprocessors(&count));
   const LinearRoute route = linear_route(weight, dtype, M, N, K, adapter, choice, count);
-  STD_TORCH_CHECK(route.path != LinearRoute::kDoesNotFit, op, ": QLORA_ENGINE_LINEAR=", std::getenv("QLORA_ENGINE_LINEAR"), ", but ",
+  STD_TORCH_CHECK(route.path != LinearRoute::kDoesNotFit, op, ": QLORA_ENGINE_LINEAR=",
+                  std::getenv("QLORA_ENGINE_LINEAR"), ", but ",
                   choice.path == LinearChoice::kFewRows
                       ? "the kernel for few rows takes up to 16 rows of x and whole blocks in a row of W; use "
                         "QLORA_ENGINE_LINEAR=auto"
@@ -156,7 +157,8 @@ void multiply_backward(const char* op, const Tensor& grad, const Nf4Pointers& we
                        const Tensor& dx, bool add) {
   const int64_t N = grad.size(grad.dim() - 1), K = dx.size(dx.dim() - 1), M = dx.numel() / K;
   const Tensor flat = torch::stable::view(dx, {M, K});
-  const LinearChoice asked = checked_choice(op);
+  LinearChoice asked = checked_choice(op);
+  if (asked.path == LinearChoice::kLevels || asked.path == LinearChoice::kFewRows) asked = {};  // ways of y alone
   const Nf4Weight w4 = to_weight(weight);
   const Dtype dtype = to_dtype(grad.scalar_type());
   void* to = dx.mutable_data_ptr();

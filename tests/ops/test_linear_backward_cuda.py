@@ -287,3 +287,14 @@ def test_unknown_paths_are_refused(monkeypatch, value):
     w4 = random_weight(64, 64)
     with pytest.raises(RuntimeError, match=r"expected auto, few, levels:TOKENS.*fused:TOKENS"):
         backward(torch.randn(4, 64, device="cuda", dtype=torch.bfloat16), w4)
+
+
+@pytest.mark.parametrize("value", ["few", "levels:16,1,1"])
+def test_ways_of_the_product_alone_leave_the_gradient_as_it_is(monkeypatch, value):
+    w4 = random_weight(136, 512)
+    for M in (5, 100, 1500):
+        grad = torch.randn(M, 136, device="cuda", dtype=torch.bfloat16)
+        monkeypatch.setenv("QLORA_ENGINE_LINEAR", "auto")
+        expected = backward(grad, w4)
+        monkeypatch.setenv("QLORA_ENGINE_LINEAR", value)
+        assert torch.equal(backward(grad, w4), expected)
