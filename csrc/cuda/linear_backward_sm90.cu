@@ -30,6 +30,7 @@
 #include <atomic>
 
 #include "launch.h"
+#include "launch_clusters.h"
 #include "linear_backward_sm90.cuh"
 #include "tensor_map.h"
 
@@ -240,17 +241,9 @@ cudaError_t launch(const Maps& maps, const Nf4Weight& weight, const Work& work, 
   }
   int count = 0;
   if (cudaError_t error = multiprocessors(&count)) return error;
-  cudaLaunchAttribute cluster;
-  cluster.id = cudaLaunchAttributeClusterDimension;
-  cluster.val.clusterDim = {kCluster, 1, 1};
-  cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(unsigned(std::min(count / kCluster, work.units)) * kCluster);
-  config.blockDim = dim3(kThreads);
-  config.dynamicSmemBytes = kSharedBytes;
-  config.stream = stream;
-  config.attrs = &cluster;
-  config.numAttrs = kCluster > 1 ? 1 : 0;
-  return cudaLaunchKernelEx(&config, kernel, maps, weight, work, partials, counters);
+  const int blocks = std::min(count / kCluster, work.units) * kCluster;
+  return launch_clusters(kernel, blocks, kThreads, kSharedBytes, kCluster, stream, maps, weight, work, partials,
+                         counters);
 }
 
 template <typename T>

@@ -20,6 +20,7 @@
 // many bytes as W has, at 16 twice as many.
 #include "far_table.cuh"
 #include "launch.h"
+#include "launch_clusters.h"
 #include "pair_table.cuh"
 #include "row_scales.cuh"
 
@@ -339,10 +340,8 @@ cudaError_t launch(const FewRows& problem, const Nf4Weight& weight, cudaStream_t
   if (cudaError_t error = allow_shared_memory<kernel>(FarTable::kDynamicBytes)) return error;
   int count = 0;
   if (cudaError_t error = multiprocessors(&count)) return error;
-  cudaLaunchConfig_t config{};
-  config.gridDim = dim3(unsigned(std::min(count, (problem.N + kRows - 1) / kRows)));
-  config.blockDim = dim3(kThreads), config.dynamicSmemBytes = FarTable::kDynamicBytes, config.stream = stream;
-  return cudaLaunchKernelEx(&config, kernel, problem, weight);
+  const int blocks = std::min(count, (problem.N + kRows - 1) / kRows);
+  return launch_clusters(kernel, blocks, kThreads, FarTable::kDynamicBytes, 1, stream, problem, weight);
 }
 
 template <typename T>

@@ -17,6 +17,7 @@
 // Bound: at few rows bytes of W, and look-ups in shared memory; at 128 the tensor cores.
 #include "dispatch.h"
 #include "launch.h"
+#include "launch_clusters.h"
 #include "linear_levels_sm90_consumer.cuh"
 #include "tensor_map.h"
 
@@ -115,18 +116,8 @@ cudaError_t launch(const void* x, const Adapter& adapter, sm90::LevelsProblem pr
     if (cudaError_t error = encode(S_tiles, &S_map)) return error;
   }
 
-  cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(unsigned(clusters * cluster));
-  config.blockDim = dim3(Tile::kThreads);
-  config.dynamicSmemBytes = FarTable::kDynamicBytes;
-  config.stream = stream;
-  cudaLaunchAttribute attribute = {};
-  attribute.id = cudaLaunchAttributeClusterDimension;
-  attribute.val.clusterDim.x = unsigned(cluster);
-  attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
-  config.attrs = &attribute;
-  config.numAttrs = cluster > 1 ? 1 : 0;
-  return cudaLaunchKernelEx(&config, kernel, x_map, packed_map, S_map, problem);
+  return launch_clusters(kernel, clusters * cluster, Tile::kThreads, FarTable::kDynamicBytes, cluster, stream, x_map,
+                         packed_map, S_map, problem);
 }
 
 template <typename T>

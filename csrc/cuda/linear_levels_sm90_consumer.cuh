@@ -154,17 +154,6 @@ struct LevelsConsumer {
     multiply_stage<true>(a, codes);
   }
 
-  // A registers of B's columns from `column` on.
-  __device__ __forceinline__ void load_adapter(uint32_t (&a)[16], const WorkUnit& unit, int column) const {
-    const T* b = static_cast<const T*>(p.lora_B) + column + lane % 4 * 2;
-    const int n0 = block.row0(unit) + row(), columns = p.lora_rank - column - lane % 4 * 2;
-#pragma unroll
-    for (int i = 0; i < 16; ++i) {
-      const int n = n0 + i % 2 * 8, k = i / 4 * 16 + i / 2 % 2 * 8;
-      const bool inside = n < p.N && k < columns;
-      a[i] = inside ? __ldg(reinterpret_cast<const uint32_t*>(b + int64_t(n) * p.lora_rank + k)) : 0u;
-    }
-  }
   // S B^T, of which each half takes its 64 columns as of x.
   __device__ __forceinline__ void add_adapter(const WorkUnit& unit) {
     for (int column = 0; column < p.lora_rank; column += Tile::kStageTiles * kTileColumns) {
@@ -173,7 +162,7 @@ struct LevelsConsumer {
         const int tile = i * kHalves + half;
         if (column + tile * kTileColumns >= p.lora_rank) break;
         uint32_t a[16];
-        load_adapter(a, unit, column + tile * kTileColumns);
+        load_adapter<T>(a, p, block.row0(unit) + row(), column + tile * kTileColumns, lane);
         multiply<0>(sums, a, ring.stage, tile);
         product_wait<0>();
         hold(sums);
@@ -216,23 +205,13 @@ struct LevelsConsumer {
     turns ^= 1;
   }
 
-  __device__ __forceinline__ float bias_of(int n) const {
-    return p.bias && n < p.N ? float(static_cast<const T*>(p.bias)[n]) : 0.f;
-  }
   // Rounds 16 tokens' sums, transposes them in shared memory, and writes rows of y.
   __device__ __forceinline__ void store_tokens(const WorkUnit& unit, int j, const float (&v)[8]) {
     const int n = block.row0(unit) + row();
-    const float bias_near = bias_of(n), bias_far = bias_of(n + 8);
+    const float bias_near = bias_of<T>(p, n), bias_far = bias_of<T>(p, n + 8);
     const uint32_t out = block.table + uint32_t(Tile::kOut) + (group * 2 + (turns >> 1)) * (kStoreTokens * 128);
     turns ^= 2;  // a barrier between writing and reading is enough
-    {
-      const int matrix = lane / 8, half_of = matrix % 2, token = matrix / 2 * 8 + lane % 8;
-      const uint32_t to = out + token * 128 + (((thread / 32 * 2 + half_of) ^ (lane % 8)) << 4);
-      store_matrices_transposed(to, pack_pair<T>(v[0] + bias_near, v[1] + bias_near),
-                                pack_pair<T>(v[2] + bias_far, v[3] + bias_far),
-                                pack_pair<T>(v[4] + bias_near, v[5] + bias_near),
-                                pack_pair<T>(v[6] + bias_far, v[7] + bias_far));
-    }
+    stage_tokens<T>(out, thread / 32, lane, v, bias_near, bias_far);
     named_barrier(1 + group, 128);
     const int token = thread / 8, column = block.row0(unit) + group * 64 + thread % 8 * 8;
     const int m = unit.token_tile * kTokens + j * kStoreTokens + token;

@@ -19,6 +19,7 @@
 #include "dispatch.h"
 #include "kernels.h"
 #include "launch.h"
+#include "launch_clusters.h"
 #include "pair_table.cuh"
 #include "product_table.cuh"
 
@@ -282,12 +283,7 @@ cudaError_t launch(const Sm80Problem& p, cudaStream_t stream) {
   using Tile = Sm80Tile<T, kTokens, kWarps, kStages>;
   constexpr auto kernel = linear_sm80_kernel<T, kTokens, kWarps, kStages, kResident>;
   if (cudaError_t error = allow_shared_memory<kernel>(Tile::kBytes)) return error;
-  cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(unsigned(p.token_tiles * p.row_tiles * p.splits));
-  config.blockDim = dim3(Tile::kThreads);
-  config.dynamicSmemBytes = Tile::kBytes;
-  config.stream = stream;
-  return cudaLaunchKernelEx(&config, kernel, p);
+  return launch_clusters(kernel, p.token_tiles * p.row_tiles * p.splits, Tile::kThreads, Tile::kBytes, 1, stream, p);
 }
 
 template <typename T>

@@ -24,6 +24,7 @@
 // Bound: at many rows the tensor cores, at few the decoding.
 #include "dispatch.h"
 #include "launch.h"
+#include "launch_clusters.h"
 #include "linear_sm90_consumer.cuh"
 #include "linear_sm90_producer.cuh"
 #include "tensor_map.h"
@@ -145,18 +146,8 @@ cudaError_t launch(const void* x, const Nf4Weight& weight, const Adapter& adapte
     if (cudaError_t error = encode(S_tiles, &S_map)) return error;
   }
 
-  cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(unsigned(clusters * cluster));
-  config.blockDim = dim3(sm90::kThreads);
-  config.dynamicSmemBytes = Tile::kBytes;
-  config.stream = stream;
-  cudaLaunchAttribute attribute = {};
-  attribute.id = cudaLaunchAttributeClusterDimension;
-  attribute.val.clusterDim.x = unsigned(cluster);
-  attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
-  config.attrs = &attribute;
-  config.numAttrs = cluster > 1 ? 1 : 0;
-  return cudaLaunchKernelEx(&config, kernel, x_map, packed_map, y_map, S_map, p);
+  return launch_clusters(kernel, clusters * cluster, sm90::kThreads, Tile::kBytes, cluster, stream, x_map, packed_map,
+                         y_map, S_map, p);
 }
 
 template <typename T>

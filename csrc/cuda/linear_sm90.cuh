@@ -94,6 +94,37 @@ struct RingPosition {
 
 #ifdef QLORA_SM90
 
+template <typename T>
+__device__ __forceinline__ float bias_of(const FusedProblem& p, int n) {
+  return p.bias && n < p.N ? float(static_cast<const T*>(p.bias)[n]) : 0.f;
+}
+
+// A registers of 64 columns of the adapter's B, from `column` on, for a lane's rows n and n + 8 of W.
+template <typename T>
+__device__ __forceinline__ void load_adapter(uint32_t* a, const FusedProblem& p, int n0, int column, int lane) {
+  const T* b = static_cast<const T*>(p.lora_B) + column + lane % 4 * 2;
+  const int columns = p.lora_rank - column - lane % 4 * 2;
+#pragma unroll
+  for (int i = 0; i < 16; ++i) {
+    const int n = n0 + i % 2 * 8, k = i / 4 * 16 + i / 2 % 2 * 8;
+    const bool inside = n < p.N && k < columns;
+    a[i] = inside ? __ldg(reinterpret_cast<const uint32_t*>(b + int64_t(n) * p.lora_rank + k)) : 0u;
+  }
+}
+
+// Rounds a warpgroup's sums of 16 tokens, and lays them transposed, as rows of y, 128 bytes each, in the 128-byte
+// swizzle, at `out`.
+template <typename T>
+__device__ __forceinline__ void stage_tokens(uint32_t out, int warp, int lane, const float (&v)[8], float bias_near,
+                                             float bias_far) {
+  const int matrix = lane / 8, half = matrix % 2, token = matrix / 2 * 8 + lane % 8;
+  const uint32_t to = out + token * 128 + (((warp * 2 + half) ^ (lane % 8)) << 4);
+  store_matrices_transposed(to, pack_pair<T>(v[0] + bias_near, v[1] + bias_near),
+                            pack_pair<T>(v[2] + bias_far, v[3] + bias_far),
+                            pack_pair<T>(v[4] + bias_near, v[5] + bias_near),
+                            pack_pair<T>(v[6] + bias_far, v[7] + bias_far));
+}
+
 // What a lane needs to decode its two rows (r and r + 8) of a stage.
 struct StageCodes {
   ProductTable tables[2];

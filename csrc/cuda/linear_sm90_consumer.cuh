@@ -78,17 +78,6 @@ struct Consumer {
     }
     __syncwarp();
   }
-  // A registers of B's columns from `column` on.
-  __device__ __forceinline__ void load_adapter(uint32_t* a, const WorkUnit& unit, int column) const {
-    const T* b = static_cast<const T*>(p.lora_B) + column + lane % 4 * 2;
-    const int n0 = block.row0(unit) + row(), columns = p.lora_rank - column - lane % 4 * 2;
-#pragma unroll
-    for (int i = 0; i < 16; ++i) {
-      const int n = n0 + i % 2 * 8, k = i / 4 * 16 + i / 2 % 2 * 8;
-      const bool inside = n < p.N && k < columns;
-      a[i] = inside ? __ldg(reinterpret_cast<const uint32_t*>(b + int64_t(n) * p.lora_rank + k)) : 0u;
-    }
-  }
   // Issues the products of the adapter, of which the first tile of S is under way; the last are not waited for.
   __device__ __forceinline__ void multiply_adapter(uint32_t* a, const WorkUnit& unit) {
     const uint64_t S_tile = swizzled_tile(out());
@@ -102,7 +91,7 @@ struct Consumer {
         hold();
         begin_adapter(unit, column);
       }
-      load_adapter(a, unit, column);
+      load_adapter<T>(a, p, block.row0(unit) + row(), column, lane);
       barrier_wait(block.adapter + group * 8, adapter_parity);
       adapter_parity ^= 1;
       multiply_columns(0);
@@ -249,20 +238,7 @@ struct Consumer {
     fours.next();
   }
 
-  // Rounds 16 tokens' sums and lays them, transposed to rows of y, where the store takes them from.
-  __device__ __forceinline__ void stage_tokens(int j, const float (&v)[8], float bias_near, float bias_far) const {
-    const int matrix = lane / 8, half = matrix % 2, token = matrix / 2 * 8 + lane % 8;
-    const uint32_t to = out() + j * (kStoreTokens * 128) + token * 128 +
-                        (((thread / 32 * 2 + half) ^ (lane % 8)) << 4);
-    store_matrices_transposed(to, pack_pair<T>(v[0] + bias_near, v[1] + bias_near),
-                              pack_pair<T>(v[2] + bias_far, v[3] + bias_far),
-                              pack_pair<T>(v[4] + bias_near, v[5] + bias_near),
-                              pack_pair<T>(v[6] + bias_far, v[7] + bias_far));
-  }
   __device__ __forceinline__ uint32_t out() const { return block.out + group * kTokens * 128; }
-  __device__ __forceinline__ float bias_of(int n) const {
-    return p.bias && n < p.N ? float(static_cast<const T*>(p.bias)[n]) : 0.f;
-  }
   __device__ __forceinline__ void join() const { named_barrier(1 + group, 128); }
 
   // The staged tokens of 16-token groups first, first + step, ... to y.
@@ -300,7 +276,7 @@ struct Consumer {
   // The whole tile from this block's sums.
   __device__ __forceinline__ void finish(const WorkUnit& unit, const CUtensorMap* y_map) const {
     const int n = block.row0(unit) + row();
-    const float bias_near = bias_of(n), bias_far = bias_of(n + 8);
+    const float bias_near = bias_of<T>(p, n), bias_far = bias_of<T>(p, n + 8);
     if (thread == 0) stores_wait_read<0>();
     join();  // the tile before has left its place
 #pragma unroll
@@ -308,7 +284,7 @@ struct Consumer {
       float v[8];
 #pragma unroll
       for (int i = 0; i < 8; ++i) v[i] = sums[8 * j + i];
-      stage_tokens(j, v, bias_near, bias_far);
+      stage_tokens<T>(out() + j * (kStoreTokens * 128), thread / 32, lane, v, bias_near, bias_far);
     }
     store(unit, y_map, 0, 1);
   }
@@ -325,7 +301,7 @@ struct Consumer {
     }
     cluster_sync();
     const int n = block.row0(unit) + row();
-    const float bias_near = bias_of(n), bias_far = bias_of(n + 8);
+    const float bias_near = bias_of<T>(p, n), bias_far = bias_of<T>(p, n + 8);
     for (int j = block.split; j < kTokens / kStoreTokens && unit.token_tile * kTokens + j * kStoreTokens < p.M;
          j += p.splits) {
       float v[8] = {0.f, 0.f, 0.f, 0.f, 0.f, 0.f, 0.f, 0.f};
@@ -337,7 +313,7 @@ struct Consumer {
           v[4 * half] += part.x, v[4 * half + 1] += part.y, v[4 * half + 2] += part.z, v[4 * half + 3] += part.w;
         }
       }
-      stage_tokens(j, v, bias_near, bias_far);
+      stage_tokens<T>(out() + j * (kStoreTokens * 128), thread / 32, lane, v, bias_near, bias_far);
     }
     store(unit, y_map, block.split, p.splits);
     cluster_sync();  // until all have read this block's sums

@@ -11,25 +11,13 @@ from qlora_engine.ops.linear import LINEAR_ENVIRONMENT_VARIABLE, linear_path
 from tests.numerics import assert_close, relative_rms, size_of_sums
 from tests.ops.fused_products import fused, random_weight
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("needs_hopper")]
 
 DTYPES = [torch.bfloat16, torch.float16]
 TOKENS = [8, 16, 32, 64, 128]
 WHOLE = [f"levels:{tokens},1,1" for tokens in TOKENS]
 SPLIT = [f"levels:{tokens},1,{splits}" for tokens in TOKENS for splits in (2, 3, 8)]
 BOUND = {torch.float16: 1e-3, torch.bfloat16: 6e-3}
-
-
-@pytest.fixture(autouse=True)
-def _needs_hopper():
-    if torch.cuda.get_device_capability() != (9, 0):
-        pytest.skip("this kernel needs compute capability 9.0")
-
-
-@pytest.fixture
-def force(monkeypatch):
-    """force(path) sets QLORA_ENGINE_LINEAR."""
-    return lambda path: monkeypatch.setenv(LINEAR_ENVIRONMENT_VARIABLE, path)
 
 
 def float64(x, w4, bias=None):

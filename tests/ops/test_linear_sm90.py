@@ -11,24 +11,12 @@ from qlora_engine.ops.linear import LINEAR_ENVIRONMENT_VARIABLE, linear_path
 from tests.numerics import assert_close, relative_rms
 from tests.ops.fused_products import float64, fused, random_weight
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("needs_hopper")]
 
 DTYPES = [torch.bfloat16, torch.float16]
 UNSPLIT = ["16,1,1", "32,1,1", "64,1,1", "128,1,1", "256,1,1", "256,2,1"]
 SPLIT = [f"{tokens},1,{splits}" for tokens in (16, 32, 64, 128, 256) for splits in (2, 4, 8)]
 BOUND = {torch.float16: 1e-3, torch.bfloat16: 6e-3}
-
-
-@pytest.fixture(autouse=True)
-def _needs_hopper():
-    if torch.cuda.get_device_capability() != (9, 0):
-        pytest.skip("the fused kernel needs compute capability 9.0")
-
-
-@pytest.fixture
-def force(monkeypatch):
-    """force(path) sets QLORA_ENGINE_LINEAR."""
-    return lambda path: monkeypatch.setenv(LINEAR_ENVIRONMENT_VARIABLE, path)
 
 
 @pytest.mark.parametrize("config", UNSPLIT)
