@@ -165,7 +165,7 @@ def picture(path, rows, dtype_name, where) -> None:
 def main() -> int:
     p = harness.parser(*__doc__.split("\n\n", 1))
     p.add_argument("--dtype", choices=DTYPES, help="default: bf16 on a GPU, fp32 on a CPU")
-    p.add_argument("--path", help="auto (default), fused, fused:TOKENS,PAIR,SPLITS or dequantize; on a GPU")
+    p.add_argument("--path", help="a value of QLORA_ENGINE_LINEAR, such as levels:64,1,1 or dequantize; on a GPU")
     args = p.parse_args()
     device = args.device
     if args.path:

@@ -17,6 +17,10 @@ struct LinearRoute {
   Sm80Config sm80;     // of kSm80
 };
 
+static_assert(LinearRoute::kFewRows == 0 && LinearRoute::kFused == 1 && LinearRoute::kDequantize == 2 &&
+                  LinearRoute::kSm80 == 3 && LinearRoute::kLevels == 4,
+              "linear_table.h, tune_linear.py and ops/linear.py name ways by these numbers");
+
 // The fastest way measured for the product nearest to this one (linear_table.h): of the least number of rows that is not
 // below M, with the W whose sides are nearest by their ratios. Beyond the table's rows W is decoded.
 inline LinearRoute measured_route(int64_t M, int64_t N, int64_t K, bool adapter) {

@@ -17,7 +17,8 @@ class LinearPath(NamedTuple):
 
     "levels" and "fused" are kernels for compute capability 9.0: a thread block takes 128 rows of W and `tokens` rows
     of x; `pair` blocks share x, or `splits` blocks divide in_features among them. "fused sm80" is the one for 8.0 and
-    later, only taken by name: a block takes 128 rows of W, or 256 beside 128 rows of x. Zeros for the other ways.
+    later, taken there for few rows and elsewhere by name: a block takes 128 rows of W, or 256 beside 128 rows of x.
+    Zeros for the other ways.
     """
 
     name: str
