@@ -40,17 +40,17 @@ def relative_rms(actual, expected) -> float:
     return float((actual.double() - expected).norm() / expected.norm())
 
 
-def forced(path: str, function):
-    """What `function` returns where QLORA_ENGINE_LINEAR is `path`."""
-    before = os.environ.get(LINEAR_ENVIRONMENT_VARIABLE)
-    os.environ[LINEAR_ENVIRONMENT_VARIABLE] = path
+def forced(path: str, function, variable: str = LINEAR_ENVIRONMENT_VARIABLE):
+    """What `function` returns where QLORA_ENGINE_LINEAR, or another variable, is `path`."""
+    before = os.environ.get(variable)
+    os.environ[variable] = path
     try:
         return function()
     finally:
         if before is None:
-            del os.environ[LINEAR_ENVIRONMENT_VARIABLE]
+            del os.environ[variable]
         else:
-            os.environ[LINEAR_ENVIRONMENT_VARIABLE] = before
+            os.environ[variable] = before
 
 
 def host_microseconds(function, calls: int = 200) -> float:

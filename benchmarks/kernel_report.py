@@ -41,6 +41,8 @@ BUDGETS = {
     r"linear_sm90_kernel<.*, (128|256), \d, [12]>": (168, 1168),
     r"linear_levels_sm90_kernel<.*, (8|16), 2>": (96, 1024),  # and what a launch asks for: LevelsTiling
     r"linear_levels_sm90_kernel<.*, (32|64|128), 1>": (168, 1024),
+    r"linear_backward_levels_sm90_kernel<.*, (8|16|32), 4>": (96, 1024),  # backward_levels::Tiling
+    r"linear_backward_levels_sm90_kernel<.*, (64|128|256), 2>": (168, 1024),
     r"linear_sm80_kernel<.*, 128, 8, \d, 1>": (255, 1024),  # and what Sm80Tile adds up
     r"linear_sm80_kernel<.*, 64, 4, \d, 3>": (168, 1024),
     r"linear_sm80_kernel<.*, (16|32), 4, \d, 4>": (128, 1024),

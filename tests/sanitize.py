@@ -50,17 +50,17 @@ def products() -> None:
 
 
 def backward() -> None:
-    for way in ("auto", "fused", "dequantize"):
-        os.environ["QLORA_ENGINE_LINEAR"] = way
+    for way in ("auto", "few", "levels:16,1,2", "levels:64,1,1", "levels:256,1,3", "many", "dequantize"):
+        os.environ["QLORA_ENGINE_BACKWARD"] = way
         for N, K, double_quant in ((136, 832, True), (264, 512, False)):
             w4 = weight(N, K, 64, double_quant)
-            for M in (5, 40, 150, 600):
+            for M in (5, 40) if way == "few" else (5, 40, 150, 600):
                 grad = torch.randn(M, N, device="cuda", dtype=torch.bfloat16)
                 dx = ops.linear_nf4_backward(grad, *w4.arguments, K)
                 ops.linear_nf4_backward_add(dx, grad, *w4.arguments)
                 dS, A = (torch.randn(*shape, device="cuda", dtype=torch.bfloat16) for shape in ((M, 24), (24, K)))
                 ops.linear_nf4_backward_lora(grad, *w4.arguments, K, dS, A, dx)
-    del os.environ["QLORA_ENGINE_LINEAR"]
+    del os.environ["QLORA_ENGINE_BACKWARD"]
 
 
 def optimizer() -> None:

@@ -43,6 +43,10 @@ inline bool valid_levels(const FusedConfig& c) {
   return tokens && c.splits >= 1 && c.splits <= 8 && c.pair == 1;
 }
 
+inline bool valid_backward_levels(const FusedConfig& c) {
+  return valid_levels(c) || (c.tokens == 256 && c.splits >= 1 && c.splits <= 8 && c.pair == 1);
+}
+
 inline bool valid_config(const Sm80Config& c) {
   return (c.tokens == 16 || c.tokens == 32 || c.tokens == 64 || c.tokens == 128) && c.splits >= 1 && c.splits <= 16;
 }

@@ -142,6 +142,12 @@ cudaError_t linear_nf4_backward_sm90(const void* grad, const Nf4Weight& weight, 
                                      void* dx, bool add, int64_t M, int64_t N, int64_t K, const BackwardPlan& plan,
                                      float* partials, int32_t* counters, cudaStream_t stream);
 
+// As linear_nf4_backward_sm90, which fits where this does, but levels are rounded, and their products with scales. tokens
+// 8, 16, 32, 64 or 128; pair 1; splits 1 to 8.
+cudaError_t linear_nf4_backward_levels_sm90(const void* grad, const Nf4Weight& weight, const Adapter& adapter,
+                                            Dtype dtype, void* dx, bool add, int64_t M, int64_t N, int64_t K,
+                                            const FusedConfig& config, cudaStream_t stream);
+
 // target[i] = source[i] * factor, rounded to one dtype for all jobs of a launch.
 struct RoundJob {
   const void* source;

@@ -152,27 +152,37 @@ Tensor linear_nf4_lora_cuda(const Tensor& x, const Tensor& packed, const Tensor&
 
 namespace {
 
+BackwardRoute route_of_gradient(const char* op, const Nf4Weight& weight, Dtype dtype, const void* dx, int64_t M, int64_t N,
+                               int64_t K, bool adapter) {
+  const BackwardChoice asked = backward_choice(checked_choice(op));
+  STD_TORCH_CHECK(asked.path != BackwardChoice::kUnknown, op, ": QLORA_ENGINE_BACKWARD=",
+                  std::getenv("QLORA_ENGINE_BACKWARD"), "; expected auto, few, levels:TOKENS,1,SPLITS (such as "
+                  "levels:64,1,3), many, many:CLUSTER,SPLITS,GROUP (such as many:2,1,8) or dequantize");
+  if (N == 0) return {BackwardRoute::kDequantize, {}, {}};
+  int processors = 0;
+  check_launch(op, multiprocessors(&processors));
+  const BackwardRoute route =
+      backward_route(asked, M, N, K, adapter, linear_backward_few_rows_fit(weight, dtype, dx, M, N, K),
+                     linear_backward_sm90_fits(weight, dtype, dx, M, N, K), processors);
+  STD_TORCH_CHECK(route.path != BackwardRoute::kDoesNotFit, op, ": a fused kernel was asked for (QLORA_ENGINE_BACKWARD, or ",
+                  "QLORA_ENGINE_LINEAR=fused), but no kernel takes this gradient so: expected float16 or bfloat16, a ",
+                  "blocksize of 64 or more, in_features that are a multiple of 64, 16-byte alignment, up to 64 rows for ",
+                  "`few`, and a GPU of compute capability 9.0 for the others; use auto");
+  return route;
+}
+
 // dx = grad W (+ S B), or dx += that.
 void multiply_backward(const char* op, const Tensor& grad, const Nf4Pointers& weight, const LowRank& lora,
                        const Tensor& dx, bool add) {
   const int64_t N = grad.size(grad.dim() - 1), K = dx.size(dx.dim() - 1), M = dx.numel() / K;
   const Tensor flat = torch::stable::view(dx, {M, K});
-  LinearChoice asked = checked_choice(op);
-  if (asked.path == LinearChoice::kLevels || asked.path == LinearChoice::kFewRows) asked = {};  // ways of y alone
   const Nf4Weight w4 = to_weight(weight);
   const Dtype dtype = to_dtype(grad.scalar_type());
   void* to = dx.mutable_data_ptr();
-  int processors = 0;
-  check_launch(op, multiprocessors(&processors));
-  const bool few = N > 0 && linear_backward_few_rows_fit(w4, dtype, to, M, N, K);
-  const bool many = N > 0 && linear_backward_sm90_fits(w4, dtype, to, M, N, K);
-  const BackwardChoice choice = choose_backward(asked, M, N, K, few, many, processors);
+  const BackwardRoute route = route_of_gradient(op, w4, dtype, to, M, N, K, lora.rank > 0);
   const cudaStream_t stream = current_stream(grad.get_device_index());
 
-  if (choice.path == BackwardPath::kDequantize) {
-    STD_TORCH_CHECK(!asked.fused() || N == 0, op, ": QLORA_ENGINE_LINEAR=fused, but no kernel takes ",
-                    "this gradient: expected float16 or bfloat16, a blocksize of 64 or more that divides in_features, ",
-                    "16-byte alignment, and beyond 64 rows a GPU of compute capability 9.0; use QLORA_ENGINE_LINEAR=auto");
+  if (route.path == BackwardRoute::kDequantize) {
     if (lora.rank > 0) matrix_product(flat, *lora.S, *lora.B, add ? OptionalTensor(flat) : std::nullopt);
     const Tensor w = decoded(op, weight, grad, {N, K}, grad.scalar_type());
     matrix_product(flat, torch::stable::reshape(grad, {M, N}), w,
@@ -182,19 +192,24 @@ void multiply_backward(const char* op, const Tensor& grad, const Nf4Pointers& we
   const Tensor rows = aligned_rows(grad);
   const void* from = rows.const_data_ptr();
   bool added = lora.rank == 0;
-  if (choice.path == BackwardPath::kFewRows) {
+  if (route.path == BackwardRoute::kFewRows) {
     const Tensor fresh = add ? empty(grad, {M, K}, grad.scalar_type()) : flat;
     check_launch(op, linear_nf4_backward_few_rows(from, w4, dtype, fresh.mutable_data_ptr(), M, N, K, stream));
     if (add) add_to(flat, fresh);
   } else {
-    const ProductScratch scratch = linear_backward_sm90_scratch(choice.plan, M, K);
-    const Tensor partials = empty(grad, {scratch.partials}, ScalarType::Float);
-    const Tensor counters = empty(grad, {scratch.counters}, ScalarType::Int);
     const KernelAdapter with(lora);
-    check_launch(op, linear_nf4_backward_sm90(from, w4, with.adapter, dtype, to, add, M, N, K, choice.plan,
-                                              static_cast<float*>(partials.mutable_data_ptr()),
-                                              static_cast<int32_t*>(counters.mutable_data_ptr()), stream));
     added |= with.adapter.rank > 0;
+    if (route.path == BackwardRoute::kLevels) {
+      check_launch(op, linear_nf4_backward_levels_sm90(from, w4, with.adapter, dtype, to, add, M, N, K, route.levels,
+                                                       stream));
+    } else {
+      const ProductScratch scratch = linear_backward_sm90_scratch(route.plan, M, K);
+      const Tensor partials = empty(grad, {scratch.partials}, ScalarType::Float);
+      const Tensor counters = empty(grad, {scratch.counters}, ScalarType::Int);
+      check_launch(op, linear_nf4_backward_sm90(from, w4, with.adapter, dtype, to, add, M, N, K, route.plan,
+                                                static_cast<float*>(partials.mutable_data_ptr()),
+                                                static_cast<int32_t*>(counters.mutable_data_ptr()), stream));
+    }
   }
   if (!added) matrix_product(flat, *lora.S, *lora.B, flat);
 }
@@ -254,20 +269,33 @@ STABLE_TORCH_LIBRARY_IMPL(qlora_engine, CUDA, m) {
 }  // namespace qlora_engine::cuda
 
 // The way linear_nf4 takes on the current device: route[0] = 0 few rows, 1 fused, 2 dequantize, 3 fused for compute
-// capability 8.0, 4 levels; route[1..3] the configuration; adapter: of linear_nf4_lora. Returns what is wrong, or nullptr;
-// the words hold until the thread's next call.
+// capability 8.0, 4 levels; route[1..3] the configuration; adapter: of linear_nf4_lora. With `gradient` that of
+// linear_nf4_backward (or _lora): 0 few rows, 1 many rows, 2 dequantize, 3 levels. Returns what is wrong, or nullptr; the
+// words hold until the thread's next call.
 extern "C" __attribute__((visibility("default"))) const char* qlora_engine_linear_route(
-    int64_t M, int64_t N, int64_t K, int64_t blocksize, int dtype, int adapter, int32_t route[4]) noexcept {
+    int64_t M, int64_t N, int64_t K, int64_t blocksize, int dtype, int adapter, int gradient, int32_t route[4]) noexcept {
   using namespace qlora_engine::cuda;
   static thread_local std::string words;
+  const auto set = [route](int path, int a, int b, int c) { route[0] = path, route[1] = a, route[2] = b, route[3] = c; };
   try {
     Nf4Weight weight{};
     weight.numel = N * K;
     weight.log2_blocksize = __builtin_ctzll(uint64_t(blocksize));
-    const LinearRoute found = route_of("linear_path", weight, Dtype(dtype), M, N, K, adapter != 0);
-    route[0] = int32_t(found.path);
-    route[1] = found.config.tokens, route[2] = found.config.pair, route[3] = found.config.splits;
-    if (found.path == LinearRoute::kSm80) route[1] = found.sm80.tokens, route[2] = 1, route[3] = found.sm80.splits;
+    if (gradient != 0) {
+      const BackwardRoute r = route_of_gradient("gradient_path", weight, Dtype(dtype), nullptr, M, N, K, adapter != 0);
+      if (r.path == BackwardRoute::kManyRows) {
+        set(r.path, r.plan.cluster, r.plan.splits, r.plan.group);
+      } else {
+        set(r.path, r.levels.tokens, r.levels.pair, r.levels.splits);
+      }
+      return nullptr;
+    }
+    const LinearRoute r = route_of("linear_path", weight, Dtype(dtype), M, N, K, adapter != 0);
+    if (r.path == LinearRoute::kSm80) {
+      set(r.path, r.sm80.tokens, 1, r.sm80.splits);
+    } else {
+      set(r.path, r.config.tokens, r.config.pair, r.config.splits);
+    }
     return nullptr;
   } catch (const std::exception& error) {
     words = error.what();

@@ -1,9 +1,7 @@
 // Which way a product with a 4-bit weight goes.
 #pragma once
-#include <algorithm>
-
 #include "dispatch.h"
-#include "linear_table.h"
+#include "measured.h"
 
 namespace qlora_engine::cuda {
 
@@ -21,25 +19,11 @@ static_assert(LinearRoute::kFewRows == 0 && LinearRoute::kFused == 1 && LinearRo
                   LinearRoute::kSm80 == 3 && LinearRoute::kLevels == 4,
               "linear_table.h, tune_linear.py and ops/linear.py name ways by these numbers");
 
-// The fastest way measured for the product nearest to this one (linear_table.h): of the least number of rows that is not
-// below M, with the W whose sides are nearest by their ratios. Beyond the table's rows W is decoded.
+// The fastest way measured for the product nearest to this one (linear_table.h). Beyond the table's rows W is decoded.
 inline LinearRoute measured_route(int64_t M, int64_t N, int64_t K, bool adapter) {
-  LinearRoute found{LinearRoute::kDequantize, {}, {}};
-  int rows = 0;
-  for (const MeasuredProduct& entry : kMeasuredProducts) {
-    if (entry.adapter == adapter && entry.M >= M && (rows == 0 || entry.M < rows)) rows = entry.M;
-  }
-  const auto ratio = [](int64_t a, int64_t b) { return double(std::max(a, b)) / double(std::min(a, b)); };
-  double nearest = 0;
-  for (const MeasuredProduct& entry : kMeasuredProducts) {
-    if (entry.adapter != adapter || entry.M != rows) continue;
-    const double distance = ratio(entry.N, N) * ratio(entry.K, K);
-    if (nearest != 0 && distance >= nearest) continue;
-    nearest = distance;
-    found.path = LinearRoute::Path(entry.path);
-    found.config = {entry.tokens, entry.pair, entry.splits};
-  }
-  return found;
+  const MeasuredProduct* found = nearest(kMeasuredProducts, M, N, K, adapter);
+  if (found == nullptr) return {LinearRoute::kDequantize, {}, {}};
+  return {LinearRoute::Path(found->path), {found->config[0], found->config[1], found->config[2]}, {}};
 }
 
 // The way of a product whose x is aligned to 16 bytes, with or without an adapter; kDoesNotFit where a fused kernel was

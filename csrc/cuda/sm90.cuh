@@ -197,6 +197,16 @@ __device__ __forceinline__ void store_matrices_transposed(uint32_t address, uint
                "r"(m2), "r"(m3)
                : "memory");
 }
+// Four 8 x 8 matrices of 16-bit numbers, transposed: this lane's row lane % 4 * 2 and the next, of column lane / 4; lane
+// 8 i + j gives the address of row j of matrix i.
+__device__ __forceinline__ uint4 load_matrices_transposed(uint32_t address) {
+  uint4 m;
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+               : "=r"(m.x), "=r"(m.y), "=r"(m.z), "=r"(m.w)
+               : "r"(address)
+               : "memory");
+  return m;
+}
 
 // A tile in shared memory for a warpgroup product: rows of 128 bytes in the 128-byte swizzle, groups of 8 rows
 // 1024 bytes apart; the tile begins at a multiple of 1024.

@@ -5,7 +5,7 @@ import os
 # rows of x of a 4096 x 4096 product that `collect` asks about
 ROWS = (1, 16, 64, 512, 2048, 8192)
 HOPPER = (9, 0)
-VARIABLES = ("BACKEND", "LINEAR", "LORA", "CPU", "BACKWARD_PLAN", "CACHE")
+VARIABLES = ("BACKEND", "LINEAR", "LORA", "CPU", "BACKWARD", "CACHE")
 
 
 def collect(device: str) -> list[dict]:

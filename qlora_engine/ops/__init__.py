@@ -6,7 +6,9 @@ from qlora_engine.ops.adapter import adapter_backward_S, adapter_backward_x, ada
 from qlora_engine.ops.dequantize import dequantize_absmax, dequantize_nf4
 from qlora_engine.ops.gated import gated_activation, gated_activation_backward
 from qlora_engine.ops.linear import (
+    GradientPath,
     LinearPath,
+    gradient_path,
     linear_nf4,
     linear_nf4_backward,
     linear_nf4_backward_add,
@@ -18,6 +20,7 @@ from qlora_engine.ops.lora import lora_add, lora_down, lora_grad_A, lora_grad_B
 from qlora_engine.ops.quantize import quantize_absmax, quantize_nf4, quantize_nf4_double, quantize_nf4_search
 
 __all__ = [
+    "GradientPath",
     "LinearPath",
     "adamw_step",
     "adapter_backward_S",
@@ -29,6 +32,7 @@ __all__ = [
     "gated_activation",
     "gated_activation_backward",
     "gradient_norm",
+    "gradient_path",
     "linear_nf4",
     "linear_nf4_backward",
     "linear_nf4_backward_add",

@@ -8,7 +8,9 @@ import torch
 from qlora_engine.ops import backend, checks
 
 LINEAR_ENVIRONMENT_VARIABLE = "QLORA_ENGINE_LINEAR"
+BACKWARD_ENVIRONMENT_VARIABLE = "QLORA_ENGINE_BACKWARD"
 _PATHS = ("few rows", "fused", "dequantize", "fused sm80", "levels")
+_GRADIENT_PATHS = ("few rows", "many rows", "dequantize", "levels")
 _DTYPE_NUMBERS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
 
@@ -56,19 +58,54 @@ def linear_path(
         RuntimeError: where the CUDA operators are not compiled, QLORA_ENGINE_LINEAR has another value, or it asks for
             the fused kernel where that does not fit.
     """
-    checks.check_compute_dtype("linear_path", "dtype", dtype)
-    checks.check_blocksize("linear_path", blocksize)
+    return LinearPath(*_route("linear_path", _PATHS, M, N, K, dtype, blocksize, device, adapter, False))
+
+
+class GradientPath(NamedTuple):
+    """The way of a gradient: "few rows", "levels", "many rows" or "dequantize"; a kernel's configuration.
+
+    config: of "levels", rows of dY a thread block, 1, and blocks that divide out_features; of "many rows", blocks
+    that share what they decode, parts of the sum, and tiles of rows that are done together. Zeros for the others.
+    """
+
+    name: str
+    config: tuple[int, int, int] = (0, 0, 0)
+
+
+def gradient_path(
+    M: int,
+    N: int,
+    K: int,
+    dtype: torch.dtype,
+    blocksize: int = 64,
+    device: torch.device | str | int = "cuda",
+    adapter: bool = False,
+) -> GradientPath:
+    """Which way `linear_nf4_backward` takes on a GPU for dY `[M, N]` and W `[N, K]`, all addresses being aligned.
+
+    The environment variable QLORA_ENGINE_BACKWARD forces a way: auto (default: the fastest measured for the nearest
+    product), few, levels:TOKENS,1,SPLITS, many, many:CLUSTER,SPLITS,GROUP or dequantize. Where it is not set, fused
+    and dequantize of QLORA_ENGINE_LINEAR count here too. Arguments and errors are those of `linear_path`; adapter:
+    the way of `linear_nf4_backward_lora` instead.
+    """
+    name, *config = _route("gradient_path", _GRADIENT_PATHS, M, N, K, dtype, blocksize, device, adapter, True)
+    return GradientPath(name, tuple(config))
+
+
+def _route(op, paths, M, N, K, dtype, blocksize, device, adapter, gradient) -> tuple[str, int, int, int]:
+    checks.check_compute_dtype(op, "dtype", dtype)
+    checks.check_blocksize(op, blocksize)
     if backend.implementation("linear_nf4", "cuda") != "compiled":
-        raise RuntimeError("linear_path: the CUDA operators are not compiled; see `qlora env`")
+        raise RuntimeError(f"{op}: the CUDA operators are not compiled; see `qlora env`")
     function = ctypes.CDLL(str(backend.library_path())).qlora_engine_linear_route
     function.restype = ctypes.c_char_p
-    function.argtypes = [*[ctypes.c_int64] * 4, *[ctypes.c_int] * 2, ctypes.POINTER(ctypes.c_int32)]
+    function.argtypes = [*[ctypes.c_int64] * 4, *[ctypes.c_int] * 3, ctypes.POINTER(ctypes.c_int32)]
     route = (ctypes.c_int32 * 4)()
     with torch.cuda.device(device):
-        error = function(M, N, K, blocksize, _DTYPE_NUMBERS[dtype], int(adapter), route)
+        error = function(M, N, K, blocksize, _DTYPE_NUMBERS[dtype], int(adapter), int(gradient), route)
     if error:
         raise RuntimeError(error.decode())
-    return LinearPath(_PATHS[route[0]], *route[1:])
+    return paths[route[0]], *route[1:]
 
 
 @torch.library.register_fake("qlora_engine::linear_nf4")

@@ -278,6 +278,32 @@ inline void load_matrices(uint32_t address, uint32_t& m0, uint32_t& m1, uint32_t
   wait(Wait::kWarp);
 }
 
+// Two 16-bit numbers in a register, each its own result, rounded once (sums are exact in float64).
+template <typename T, typename Of>
+uint32_t each_half(Of of, uint32_t a, uint32_t b, uint32_t c = 0) {
+  uint32_t r = 0;
+  for (unsigned shift = 0; shift < 32; shift += 16) {
+    const auto number = [shift](uint32_t pair) { return double(to_float(T{}, uint16_t(pair >> shift))); };
+    const T rounded = T(float(of(number(a), number(b), number(c))));
+    uint16_t bits;
+    memcpy(&bits, &rounded, sizeof bits);
+    r |= uint32_t(bits) << shift;
+  }
+  return r;
+}
+template <typename T>
+uint32_t multiply_pair(uint32_t a, uint32_t b) {
+  return each_half<T>([](double x, double y, double) { return x * y; }, a, b);
+}
+template <typename T>
+uint32_t multiply_add_pair(uint32_t a, uint32_t b, uint32_t c) {
+  return each_half<T>([](double x, double y, double z) { return x * y + z; }, a, b, c);
+}
+template <typename T>
+uint32_t add_pair(uint32_t a, uint32_t b) {
+  return each_half<T>([](double x, double y, double) { return x + y; }, a, b);
+}
+
 // prmt.b32: bit 3 of a selector repeats the byte's sign.
 inline uint32_t permute(uint32_t x, uint32_t y, uint32_t selector) {
   const uint64_t bytes = uint64_t(y) << 32 | x;

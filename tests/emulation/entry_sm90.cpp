@@ -34,6 +34,13 @@ int run_linear_levels_sm90(const void* x, const Nf4Weight* weight, const void* b
                                 nullptr);
 }
 
+int run_linear_backward_levels_sm90(const void* grad, const Nf4Weight* weight, int dtype, void* dx, int64_t M, int64_t N,
+                                    int64_t K, const void* S, int64_t pitch, const void* A, int64_t rank, int tokens,
+                                    int splits, int add) {
+  return linear_nf4_backward_levels_sm90(grad, *weight, {S, pitch, A, rank}, Dtype(dtype), dx, add != 0, M, N, K,
+                                         {tokens, 1, splits}, nullptr);
+}
+
 int run_few_rows_sm90(const void* x, const Nf4Weight* weight, const void* bias, int dtype, void* y, int64_t M,
                       int64_t N, int64_t K) {
   return linear_nf4_few_rows_sm90(x, *weight, bias, Dtype(dtype), y, M, N, K, nullptr);

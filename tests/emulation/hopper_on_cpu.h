@@ -286,6 +286,22 @@ inline void store_matrices_transposed(uint32_t address, uint32_t m0, uint32_t m1
   }
   __syncwarp();
 }
+inline uint4 load_matrices_transposed(uint32_t address) {
+  const unsigned i = emulated::slot(), lane = i % 32;
+  emulated::exchange[i][0] = address;
+  __syncwarp();
+  uint32_t m[4];
+  for (unsigned matrix = 0; matrix < 4; ++matrix) {
+    const auto row = [&](unsigned r) {
+      const uint32_t at = emulated::exchange[i / 32 * 32 + matrix * 8 + r][0];
+      if (at % 16 != 0) fprintf(stderr, "ldmatrix at %u\n", at), abort();
+      return uint32_t(emulated::at<uint16_t>(at + lane / 4 * 2));
+    };
+    m[matrix] = row(lane % 4 * 2) | row(lane % 4 * 2 + 1) << 16;
+  }
+  __syncwarp();
+  return make_uint4(m[0], m[1], m[2], m[3]);
+}
 inline uint64_t swizzled_tile(uint32_t address) {
   if (address % 1024 != 0) fprintf(stderr, "an operand at %u\n", address), abort();
   return address >> 4;

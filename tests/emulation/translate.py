@@ -28,6 +28,12 @@ PTX = {
     "cp.async.wait_group": "emulated::wait_for_copies(kPending);",
     "ldmatrix.sync.aligned.m8n8.x4.shared.b16": "emulated::load_matrices(address, m0, m1, m2, m3);",
     "prmt.b32": "r = emulated::permute(a, b, selector);",
+    "mul.rn.bf16x2": "r = emulated::multiply_pair<__nv_bfloat16>(a, b);",
+    "fma.rn.bf16x2": "r = emulated::multiply_add_pair<__nv_bfloat16>(a, b, c);",
+    "add.rn.bf16x2": "r = emulated::add_pair<__nv_bfloat16>(a, b);",
+    "mul.rn.f16x2": "r = emulated::multiply_pair<__half>(a, b);",
+    "fma.rn.f16x2": "r = emulated::multiply_add_pair<__half>(a, b, c);",
+    "add.rn.f16x2": "r = emulated::add_pair<__half>(a, b);",
     "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32": (
         "emulated::mma_m16n8k16<__half>(c, a0, a1, a2, a3, b0, b1);"
     ),

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from qlora_engine.ops.linear import LINEAR_ENVIRONMENT_VARIABLE
+from qlora_engine.ops.linear import BACKWARD_ENVIRONMENT_VARIABLE, LINEAR_ENVIRONMENT_VARIABLE
 
 
 @pytest.fixture
@@ -14,3 +14,9 @@ def needs_hopper():
 def force(monkeypatch):
     """force(path) sets QLORA_ENGINE_LINEAR."""
     return lambda path: monkeypatch.setenv(LINEAR_ENVIRONMENT_VARIABLE, path)
+
+
+@pytest.fixture
+def force_gradient(monkeypatch):
+    """force_gradient(path) sets QLORA_ENGINE_BACKWARD."""
+    return lambda path: monkeypatch.setenv(BACKWARD_ENVIRONMENT_VARIABLE, path)

@@ -11,7 +11,7 @@ from tests.numerics import RELATIVE_RMS, assert_close, relative_rms
 pytestmark = pytest.mark.gpu
 
 HALF_TYPES = [torch.bfloat16, torch.float16]
-SINGLE, PAIRS = "1,1,8", "2,1,8"  # cluster, parts of the sum, token tiles together: QLORA_ENGINE_BACKWARD_PLAN
+SINGLE, PAIRS = "many:1,1,8", "many:2,1,8"  # cluster, parts of the sum, token tiles together
 
 
 def sm_90() -> bool:
@@ -19,18 +19,6 @@ def sm_90() -> bool:
 
 
 needs_sm_90 = pytest.mark.skipif(not sm_90(), reason="the kernel needs compute capability 9.0")
-
-
-@pytest.fixture
-def plan(monkeypatch):
-    """Sets which plan the kernel for many rows takes; `plan(None)`: dequantize + cuBLAS."""
-
-    def choose(value: str | None) -> None:
-        monkeypatch.setenv("QLORA_ENGINE_LINEAR", "dequantize" if value is None else "fused")
-        if value is not None:
-            monkeypatch.setenv("QLORA_ENGINE_BACKWARD_PLAN", value)
-
-    return choose
 
 
 def random_weight(N, K, blocksize=64, double_quant=True):
@@ -75,19 +63,19 @@ def by_cublas(grad, weight):
 @pytest.mark.parametrize(("N", "K"), [(64, 64), (72, 128), (1000, 384), (1032, 320)])
 @pytest.mark.parametrize("M", [65, 256, 257, 513, 1000])
 @pytest.mark.parametrize("dtype", HALF_TYPES)
-def test_equals_cublas_bit_for_bit(plan, dtype, M, N, K, chosen, poisoned_memory):
-    plan(chosen)
+def test_equals_cublas_bit_for_bit(force_gradient, dtype, M, N, K, chosen, poisoned_memory):
+    force_gradient(chosen)
     dx, grad, weight = check(M, random_weight(N, K), dtype)
     assert torch.equal(dx, by_cublas(grad, weight))
 
 
 @needs_sm_90
 @pytest.mark.parametrize("rank", [8, 64, 72])
-@pytest.mark.parametrize("chosen", [SINGLE, PAIRS, "1,3,8", "2,2,8"])
+@pytest.mark.parametrize("chosen", [SINGLE, PAIRS, "many:1,3,8", "many:2,2,8"])
 @pytest.mark.parametrize("dtype", HALF_TYPES)
-def test_adapter(plan, dtype, chosen, rank, poisoned_memory):
+def test_adapter(force_gradient, dtype, chosen, rank, poisoned_memory):
     """dX = dY W + dS A, then added to what is there; dS as columns of a wider matrix."""
-    plan(chosen)
+    force_gradient(chosen)
     M, N, K = 600, 1032, 320
     w4, grad = random_weight(N, K), torch.randn(M, N, device="cuda", dtype=dtype)
     wide, A = (torch.randn(*shape, device="cuda", dtype=dtype) for shape in ((M, rank + 16), (rank, K)))
@@ -127,25 +115,27 @@ def test_adapter_on_every_path(monkeypatch, M, rank, path, poisoned_memory):
 @pytest.mark.parametrize("blocksize", [64, 128, 256, 4096])
 @pytest.mark.parametrize("chosen", [SINGLE, PAIRS])
 @pytest.mark.parametrize("dtype", HALF_TYPES)
-def test_every_block_size(plan, dtype, chosen, blocksize, double_quant, poisoned_memory):
+def test_every_block_size(force_gradient, dtype, chosen, blocksize, double_quant, poisoned_memory):
     """Also where a block goes over the end of a row: 640 columns are not whole blocks."""
-    plan(chosen)
+    force_gradient(chosen)
     dx, grad, weight = check(300, random_weight(136, 640, blocksize, double_quant), dtype)
     assert torch.equal(dx, by_cublas(grad, weight))
 
 
 @needs_sm_90
-@pytest.mark.parametrize("chosen", ["1,2,8", "2,2,4", "1,3,8", "2,5,2", "1,8,1", "2,8,8"])
+@pytest.mark.parametrize(
+    "chosen", [f"many:{plan}" for plan in ("1,2,8", "2,2,4", "1,3,8", "2,5,2", "1,8,1", "2,8,8")]
+)
 @pytest.mark.parametrize(("M", "N", "K"), [(65, 520, 192), (700, 1024, 512), (1025, 2048, 256), (100, 4096, 1024)])
-def test_parts_of_the_sum(plan, M, N, K, chosen, poisoned_memory):
-    plan(chosen)
+def test_parts_of_the_sum(force_gradient, M, N, K, chosen, poisoned_memory):
+    force_gradient(chosen)
     check(M, random_weight(N, K), torch.bfloat16)
 
 
 @needs_sm_90
-@pytest.mark.parametrize("chosen", [SINGLE, PAIRS, "1,3,8", "2,3,8"])
-def test_repeats_bit_for_bit(plan, chosen):
-    plan(chosen)
+@pytest.mark.parametrize("chosen", [SINGLE, PAIRS, "many:1,3,8", "many:2,3,8"])
+def test_repeats_bit_for_bit(force_gradient, chosen):
+    force_gradient(chosen)
     w4 = random_weight(4096, 2048)
     grad = torch.randn(2100, 4096, device="cuda", dtype=torch.bfloat16)
     first = backward(grad, w4)
@@ -158,8 +148,8 @@ def test_repeats_bit_for_bit(plan, chosen):
 @pytest.mark.parametrize(("N", "K"), [(4, 64), (20, 192), (64, 256), (100, 448), (1028, 1088), (4096, 4096)])
 @pytest.mark.parametrize("M", [1, 2, 7, 8, 9, 16, 17, 31, 32, 33, 50, 64])
 @pytest.mark.parametrize("dtype", HALF_TYPES)
-def test_few_rows(plan, dtype, M, N, K, poisoned_memory):
-    plan(SINGLE)
+def test_few_rows(force_gradient, dtype, M, N, K, poisoned_memory):
+    force_gradient("few")
     check(M, random_weight(N, K), dtype)
 
 
@@ -167,8 +157,8 @@ def test_few_rows(plan, dtype, M, N, K, poisoned_memory):
 @pytest.mark.parametrize("blocksize", [64, 128, 512, 4096])
 @pytest.mark.parametrize("M", [3, 12, 24, 40])
 @pytest.mark.parametrize("dtype", HALF_TYPES)
-def test_few_rows_with_every_block_size(plan, dtype, M, blocksize, double_quant, poisoned_memory):
-    plan(SINGLE)
+def test_few_rows_with_every_block_size(force_gradient, dtype, M, blocksize, double_quant, poisoned_memory):
+    force_gradient("few")
     check(M, random_weight(140, 704, blocksize, double_quant), dtype)
 
 
@@ -194,13 +184,11 @@ def test_few_rows_hold_no_decoded_weight(M):
     blocksize=st.sampled_from([64, 128, 1024]),
     double_quant=st.booleans(),
     dtype=st.sampled_from(HALF_TYPES),
-    cluster=st.integers(1, 2),
-    splits=st.integers(1, 4),
+    way=st.one_of(st.just("few"), st.builds("many:{},{},4".format, st.integers(1, 2), st.integers(1, 4))),
 )
-def test_random_shapes(M, N, K, blocksize, double_quant, dtype, cluster, splits):
+def test_random_shapes(M, N, K, blocksize, double_quant, dtype, way):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("QLORA_ENGINE_LINEAR", "fused")
-        patch.setenv("QLORA_ENGINE_BACKWARD_PLAN", f"{cluster},{splits},4")
+        patch.setenv("QLORA_ENGINE_BACKWARD", SINGLE if way == "few" and M > 64 else way)
         check(M, random_weight(N, K, blocksize, double_quant), dtype)
 
 
@@ -218,15 +206,12 @@ def test_what_does_not_fit_is_dequantized(monkeypatch, N, K, blocksize, dtype, M
     if N % 4 == 0 and N % 8 != 0 and K % 64 == 0 and dtype != torch.float32 and M <= 64:
         check(M, w4, dtype)  # the kernel for few rows takes it
     else:
-        with pytest.raises(RuntimeError, match="QLORA_ENGINE_LINEAR=fused, but no kernel takes this gradient"):
+        with pytest.raises(RuntimeError, match=r"QLORA_ENGINE_LINEAR=fused.*but no kernel takes this gradient"):
             backward(grad, w4)
 
 
-@pytest.mark.parametrize("M", [6, 300])
-@pytest.mark.parametrize("chosen", [SINGLE, PAIRS])
-def test_any_address(plan, monkeypatch, chosen, M, poisoned_memory):
-    plan(chosen)
-    monkeypatch.setenv("QLORA_ENGINE_LINEAR", "auto")
+@pytest.mark.parametrize("M", [6, 100, 300, 3000])
+def test_any_address(M, poisoned_memory):
     w4 = random_weight(128, 256)
     packed, *scales = w4.arguments
     grad = torch.randn(M, 128, device="cuda", dtype=torch.bfloat16)
@@ -249,11 +234,13 @@ def test_any_address(plan, monkeypatch, chosen, M, poisoned_memory):
         assert_close("dx", ops.linear_nf4_backward(*arguments, 256), expected, RELATIVE_RMS[torch.bfloat16])
 
 
-@pytest.mark.parametrize("M", [4, 300])
-@pytest.mark.parametrize("chosen", [SINGLE, PAIRS, "1,2,8"])
-def test_scales_that_are_not_finite_stay_in_their_columns(plan, chosen, M):
+@pytest.mark.parametrize(
+    ("M", "chosen"),
+    [(4, "few"), (4, "levels:8,1,1"), (300, "levels:256,1,2"), *((300, c) for c in (SINGLE, PAIRS, "many:1,2,8"))],
+)
+def test_scales_that_are_not_finite_stay_in_their_columns(force_gradient, chosen, M):
     """An infinite scale makes NaN of its 64 columns, as in a dequantized weight, and of no others."""
-    plan(chosen)
+    force_gradient(chosen)
     w4 = random_weight(72, 256, double_quant=False)
     packed, absmax, *rest = w4.arguments
     absmax = absmax.clone()
@@ -266,9 +253,11 @@ def test_scales_that_are_not_finite_stay_in_their_columns(plan, chosen, M):
 
 
 @needs_sm_90
-@pytest.mark.parametrize(("M", "chosen"), [(8, SINGLE), (64, SINGLE), (300, SINGLE), (600, PAIRS), (300, "1,4,8")])
-def test_graph_replays_with_new_gradients(plan, M, chosen):
-    plan(chosen)
+@pytest.mark.parametrize(
+    ("M", "chosen"), [(8, "few"), (64, "levels:64,1,3"), (300, SINGLE), (600, PAIRS), (300, "many:1,4,8")]
+)
+def test_graph_replays_with_new_gradients(force_gradient, M, chosen):
+    force_gradient(chosen)
     w4 = random_weight(1024, 512)
     grad = torch.randn(M, 1024, device="cuda", dtype=torch.bfloat16)
     backward(grad, w4)
@@ -298,3 +287,36 @@ def test_ways_of_the_product_alone_leave_the_gradient_as_it_is(monkeypatch, valu
         expected = backward(grad, w4)
         monkeypatch.setenv("QLORA_ENGINE_LINEAR", value)
         assert torch.equal(backward(grad, w4), expected)
+
+
+@pytest.mark.parametrize(
+    "value", ["fast", "levels", "levels:24,1,1", "levels:16,2,1", "levels:16,1,9", "many:3,1,8", "1,1,8"]
+)
+def test_unknown_ways_of_the_gradient_are_refused(force_gradient, value):
+    force_gradient(value)
+    with pytest.raises(
+        RuntimeError, match=f"QLORA_ENGINE_BACKWARD={value}; expected auto, few, levels:TOKENS,1,SPLITS"
+    ):
+        backward(torch.randn(4, 64, device="cuda", dtype=torch.bfloat16), random_weight(64, 64))
+
+
+@needs_sm_90
+def test_ways(force_gradient, monkeypatch):
+    """Fused and dequantize of the product are those of its gradient too, where none is asked for."""
+    bf16 = torch.bfloat16
+    for asked, M, way in (("few", 8, "few rows"), ("many", 8, "many rows"), ("dequantize", 8, "dequantize")):
+        force_gradient(asked)
+        assert ops.gradient_path(M, 4096, 4096, bf16).name == way
+    force_gradient("levels:32,1,3")
+    assert ops.gradient_path(4, 4096, 4096, bf16) == ("levels", (32, 1, 3))
+    force_gradient("many:2,3,8")
+    assert ops.gradient_path(4, 4096, 4096, bf16) == ("many rows", (2, 3, 8))
+    force_gradient("auto")
+    assert ops.gradient_path(64, 14336, 4096, bf16).name == "levels"
+    assert ops.gradient_path(8192, 14336, 4096, bf16).name == "dequantize"
+    assert ops.gradient_path(64, 14336, 4096, torch.float32).name == "dequantize"
+    assert ops.gradient_path(64, 14337, 4096, bf16).name == "dequantize"
+    monkeypatch.delenv("QLORA_ENGINE_BACKWARD")
+    for asked, way in (("dequantize", "dequantize"), ("fused", "many rows"), ("few", "levels")):
+        monkeypatch.setenv("QLORA_ENGINE_LINEAR", asked)
+        assert ops.gradient_path(64, 14336, 4096, bf16).name == way
