@@ -14,6 +14,7 @@ without torch's dispatcher ("direct", which layers use), and of torch's linear.
 import os
 import sys
 import time
+from collections.abc import Sequence
 
 import harness
 import peers
@@ -23,7 +24,7 @@ import torch.nn.functional as F
 import qlora_engine as qe
 from qlora_engine import ops
 from qlora_engine.ops.direct import operator
-from qlora_engine.ops.linear import LINEAR_ENVIRONMENT_VARIABLE, linear_path
+from qlora_engine.ops.linear import LINEAR_ENVIRONMENT_VARIABLE, gradient_path, linear_path
 
 WEIGHTS = {
     "cuda": [(4096, 4096), (14336, 4096), (4096, 14336)],
@@ -64,6 +65,11 @@ def host_microseconds(function, calls: int = 200) -> float:
         best = min(best, (time.perf_counter() - began) / calls)
     torch.cuda.synchronize()
     return best * 1e6
+
+
+def way(name: str, config: Sequence[int]) -> str:
+    """A path as a table shows it."""
+    return f"{name} {','.join(map(str, config))}" if any(config) else name
 
 
 def measure(N, K, M, dtype_name, timer, device, check) -> dict:
@@ -108,7 +114,8 @@ def measure(N, K, M, dtype_name, timer, device, check) -> dict:
             direct = operator("linear_nf4", x)
             row["direct_host_us"] = host_microseconds(lambda: direct(x, *w4.arguments, N, None))
         name, *config = linear_path(M, N, K, dtype)
-        row["path"] = f"{name} {','.join(map(str, config))}" if any(config) else name
+        row["path"] = way(name, config)
+        row["backward_path"] = way(*gradient_path(M, N, K, dtype))
         row["decoded_us"] = forced("dequantize", lambda: timer(forward))
         if dtype != torch.float32:
             row["sm80_us"] = forced("fused:sm80", lambda: timer(forward))
@@ -182,6 +189,7 @@ def main() -> int:
     if device == "cuda":
         columns |= {"path": "path", "decoded_us": "decoded", "sm80_us": "fused:sm80", "called_us": "called"}
         columns |= {"read_us": "only read W", "over_read": "us/read"}
+    columns |= {"backward_path": "dX path"} if device == "cuda" else {}
     columns |= {"backward_us": "dX us", "dense_backward_us": "dX dense", "backward_over_dense": "dX ours/dense"}
     columns |= {"bitsandbytes_backward_us": "dX bnb"}
     columns |= {"error": "error"} if args.check else {}

@@ -20,7 +20,7 @@ from bench_linear import BOUNDS, WEIGHTS, relative_rms
 
 import qlora_engine as qe
 from qlora_engine import ops
-from qlora_engine.ops.linear import LINEAR_ENVIRONMENT_VARIABLE, linear_path
+from qlora_engine.ops.linear import LINEAR_ENVIRONMENT_VARIABLE, gradient_path, linear_path
 
 ROWS = [64, 128, 256, 512, 1024, 2048, 4096, 8192]
 RANKS = [8, 16, 32, 64, 128, 256]
@@ -41,8 +41,7 @@ def measure(N: int, K: int, M: int, timer, check: bool) -> list[dict]:
     for name, (ours, dense) in products.items():
         row = {"case": f"{name}, {N}x{K} M={M}", "product": name, "N": N, "K": K, "M": M}
         row["dense_us"] = timer.graph(dense)
-        if name == "y":
-            row["path"] = linear_path(M, N, K, torch.bfloat16, adapter=True).name
+        row["path"] = (linear_path if name == "y" else gradient_path)(M, N, K, torch.bfloat16, adapter=True).name
         for r in (0, *RANKS):
             row[f"us_{r}"] = timer.graph(functools.partial(ours, r))
             row[f"ratio_{r}"] = row["dense_us"] / row[f"us_{r}"]

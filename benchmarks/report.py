@@ -123,12 +123,14 @@ def linear(gpu: str) -> str:
 
 
 def linear_backward(gpu: str) -> str:
+    data = load(f"bench_linear_{gpu}")["rows"]
+    way = ["backward_path"] if "backward_path" in data[0] else []  # not told by earlier measurements
     rows = []
-    for r in load(f"bench_linear_{gpu}")["rows"]:
+    for r in data:
         ratio = r["dense_backward_us"] / r["backward_us"]
         numbers = [r["backward_us"], r["dense_backward_us"], ratio, r["bitsandbytes_backward_us"]]
-        rows.append([f"{r['N']}x{r['K']}", r["M"], *numbers])
-    columns = ["W", "rows", "us", "cuBLAS, 16-bit W", "cuBLAS / this", "bitsandbytes"]
+        rows.append([f"{r['N']}x{r['K']}", r["M"], *[r[key] for key in way], *numbers])
+    columns = ["W", "rows", *["way" for _ in way], "us", "cuBLAS, 16-bit W", "cuBLAS / this", "bitsandbytes"]
     return markdown(columns, rows) + "\n\n" + source(f"bench_linear_{gpu}")
 
 

@@ -169,7 +169,8 @@ def table(rows: list[dict], where: dict) -> str:
     products, gradients = (
         "\n".join(entry(row) for row in ordered if row["gradient"] == gradient) for gradient in (False, True)
     )
-    return f"""// Written by benchmarks/tune_linear.py: the fastest way measured for a product, on an {where["device"]}.
+    device = where["device"]
+    return f"""// Written by benchmarks/tune_linear.py: the fastest way measured for a product, on an {device}.
 #pragma once
 #include <cstdint>
 

@@ -125,17 +125,6 @@ __device__ __forceinline__ void decode_scales(const LevelsProblem& problem, cons
   constexpr int kRows = kTileRows / 32, kScales = Tile::kStageTiles;
   const FusedProblem& p = problem.of;
   const Nf4Weight& weight = problem.weight;
-  const uint32_t map = block.table + uint32_t(Tile::kMap);
-  if constexpr (kNested) {
-#pragma unroll
-    for (int i = 0; i < 256 / 32 / kScaleWarps; ++i) {
-      const int at = (i * kScaleWarps + warp) * 32 + lane;
-      store_shared_float(map + at * 4, __ldg(kDynamicMap + at));
-    }
-    named_barrier(3, kScaleWarps * 32);
-  }
-  const float offset = kNested ? __ldg(weight.nested_offset) : 0.f, inverse = problem.levels.inverse;
-
   // K-tile k of a unit; from its end on, adapter's stages, which need nothing but an arrival
   int tile = block.tile, k = 0, row0 = 0;
   WorkUnit unit{0, 0, 0, 0};
@@ -165,6 +154,17 @@ __device__ __forceinline__ void decode_scales(const LevelsProblem& problem, cons
     move(warp);
   }
   fetch();
+
+  const uint32_t map = block.table + uint32_t(Tile::kMap);
+  if constexpr (kNested) {
+#pragma unroll
+    for (int i = 0; i < 256 / 32 / kScaleWarps; ++i) {
+      const int at = (i * kScaleWarps + warp) * 32 + lane;
+      store_shared_float(map + at * 4, __ldg(kDynamicMap + at));
+    }
+    named_barrier(3, kScaleWarps * 32);
+  }
+  const float offset = kNested ? __ldg(weight.nested_offset) : 0.f, inverse = problem.levels.inverse;
   RingPosition<Tile::kStages> ring{uint32_t(warp), 1};
   while (block.more(tile)) {
     const bool any = k < unit.end;
