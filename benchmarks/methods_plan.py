@@ -38,6 +38,10 @@ def _adalora(steps: int, seed: int) -> peft.AdaLoRA:
     )
 
 
+def _diff_pruning(steps: int, seed: int) -> peft.DiffPruning:
+    return peft.DiffPruning(share=0.005, fix_at=max(1, 2 * steps // 3), seed=seed)
+
+
 _LORA = {"r": RANK, "alpha": ALPHA}
 _PEFT = "PEFT's documentation"
 
@@ -67,9 +71,7 @@ CONTENDERS = (
     Contender("bitfit", "nf4", _of(peft.BitFit(add_missing=True)), 1e-3, "Ben Zaken et al. 2022: 1e-4 to 1e-3"),
     Contender("selection", "nf4", _of(peft.LayerSelection(norms=True)), 1e-3, "that of BitFit"),
     Contender("fishmask", "nf4", _of(peft.FishMask(share=0.005)), 1e-3, "that of LoRA"),
-    Contender(
-        "diff_pruning", "nf4", lambda steps, seed: peft.DiffPruning(share=0.005, seed=seed), 1e-3, "that of LoRA"
-    ),
+    Contender("diff_pruning", "nf4", _diff_pruning, 1e-3, "that of LoRA"),
     Contender("lora, 16-bit", "16-bit", _of(peft.LoRA(**_LORA)), 1e-3, f"{_PEFT}, guide to LoRA"),
     Contender("full fine-tuning", "float32", None, 5e-5, "transformers' Trainer: its default"),
 )

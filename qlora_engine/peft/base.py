@@ -154,6 +154,13 @@ class Method(abc.ABC):
         ordered = [param for _, param in sorted(self.trainable_parameters().items())]  # the same in a resumed run
         return [{"params": ordered, "lr": lr, **options}]
 
+    def plan(self, steps: int) -> None:  # noqa: B027 - most methods do nothing here
+        """Called before the first step, also of a resumed training: how many optimizer steps there are in all.
+
+        Raises:
+            MethodError: where the settings do not fit so many.
+        """
+
     def penalty(self) -> torch.Tensor | None:
         """A term that training should add to the loss; None for most methods."""
         return None

@@ -23,11 +23,16 @@ class DiffPruning(MethodConfig):
     """Trains a change of the weights that is driven to be sparse: `W + z_group z w`, with gates z in [0, 1].
 
     Training adds `method.penalty()` to the loss, calls `method.after_step(step)` after each step, which draws new
-    gates, and at the end `method.finish()`, which keeps the largest entries. While it trains, the change is dense: 8
-    bytes a weight, with the optimizer's state 24. What is left, and saved, is sparse.
+    gates, and at the end `method.finish()`, which leaves a sparse change. After step `fix_at` the entries that are
+    kept are chosen, the largest of all layers; the gates are gone from then on, and those entries alone are trained.
+    Guo et al. found this important: a dense change loses too much when it is pruned at the end. While it trains, the
+    change takes 8 bytes a weight, with the optimizer's state 24. What is left, and saved, is sparse.
 
     Attributes:
         share: how many of the weights of the chosen layers have a change at the end, in (0, 1].
+        fix_at: steps after which the entries that are kept are chosen. None: after two thirds of the steps where
+            `method.plan(steps)` is called before the first, as `qlora finetune` does; without that call `finish`
+            chooses, and nothing is trained behind it. The number of all steps does the same.
         penalty: factor of the expected share of open gates (the L0 norm of the change), which is added to the loss.
             Guo et al. penalize the number: their 1.25e-7 is 12.5 for 10^8 weights.
         structured: "none": a gate for each weight alone; "matrix": with a gate that a weight matrix shares; "block":
@@ -40,11 +45,12 @@ class DiffPruning(MethodConfig):
 
     >>> from qlora_engine.peft import apply
     >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
-    >>> method = apply(model, DiffPruning(share=0.25))
+    >>> method = apply(model, DiffPruning(share=0.25, fix_at=2))
     >>> optimizer = torch.optim.Adam(method.parameter_groups(lr=1e-2))
     >>> for step in range(1, 4):
     ...     optimizer.zero_grad()
-    ...     (model(torch.randn(10, 4)).square().sum() + method.penalty()).backward()
+    ...     loss, penalty = model(torch.randn(10, 4)).square().sum(), method.penalty()
+    ...     (loss if penalty is None else loss + penalty).backward()
     ...     optimizer.step()
     ...     method.after_step(step)
     >>> method.finish()
@@ -54,6 +60,7 @@ class DiffPruning(MethodConfig):
 
     name: ClassVar[str] = "diff_pruning"
     share: float = 0.005
+    fix_at: int | None = None
     penalty: float = 1.0
     structured: str = "none"
     target_modules: Sequence[str] = ()
@@ -66,6 +73,11 @@ class DiffPruning(MethodConfig):
     def __post_init__(self):
         if not 0.0 < self.share <= 1.0:
             raise MethodError(f"the share is {self.share}; expected a number above 0 and at most 1")
+        whole = isinstance(self.fix_at, int) and not isinstance(self.fix_at, bool)
+        if self.fix_at is not None and not (whole and self.fix_at >= 1):
+            raise MethodError(
+                f"fix_at is {self.fix_at!r}; expected a number of steps, at least 1, or None for two thirds of them"
+            )
         if self.structured not in GROUPS:
             raise MethodError(f"structured={self.structured!r}; expected one of {', '.join(GROUPS)}")
         if not (self.low < 0.0 and self.high > 1.0):
@@ -112,27 +124,77 @@ class DiffPruningMethod(Method):
         blocks = [block.path for block in find_blocks(self.model)] if self.config.structured == "block" else []
         return {path: next((b for b in blocks if path.startswith(f"{b}.")), path) for path in targets}
 
+    @property
+    def fixed(self) -> bool:
+        """Whether the entries that are kept have been chosen."""
+        return self.pruned or all(part.fixed for part in self._attached.parts.values())
+
+    def plan(self, steps: int) -> None:
+        """Sets `fix_at`, where it is None, to two thirds of the steps.
+
+        Raises:
+            MethodError: where there are fewer than `fix_at`.
+        """
+        fix_at = self.config.fix_at
+        if fix_at is None:
+            self.config = dataclasses.replace(self.config, fix_at=max(1, 2 * steps // 3))
+        elif fix_at > steps:
+            raise MethodError(
+                f"diff_pruning: fix_at is {fix_at}, but there are {steps} steps; expected at most as many. Lower it, "
+                "or leave it out for two thirds of the steps"
+            )
+
     def penalty(self) -> torch.Tensor | None:
-        """`penalty * (expected number of open gates) / (number of gates)`, float32 `[]`; None once pruned."""
-        if self.pruned:
+        """`penalty * (expected number of open gates) / (number of gates)`, float32 `[]`; None once they are fixed."""
+        if self.fixed:
             return None
         counts = [part.expected_open() for part in self._attached.parts.values()]
         return sum(count.to(counts[0].device) for count in counts) * (self.config.penalty / self._total)
 
     def after_step(self, step: int) -> None:
-        """New gates are drawn for the next step."""
-        if not self.pruned:
-            for part in self._attached.parts.values():
+        """New gates are drawn for the next step; after step `fix_at` the entries that are kept are chosen instead.
+
+        Raises:
+            MethodError: where they are to be chosen, and nothing was learnt.
+        """
+        if self.pruned:
+            return
+        if not self.fixed and self.config.fix_at is not None and step >= self.config.fix_at:
+            self._fix()
+        for part in self._attached.parts.values():
+            if part.fixed:
+                part.clear()
+            else:
                 part.draw(step)
 
+    def _fix(self) -> None:
+        kept = self._largest()
+        for path, part in self._attached.parts.items():
+            part.fix(kept.get(path))
+        with torch.no_grad():
+            for gate in self._group_gates.values():
+                gate.fill_(torch.inf)
+
+    def _largest(self) -> dict[str, torch.Tensor]:
+        """Path -> flat positions of the entries that are kept, if they are chosen now."""
+        largest = Largest(max(1, round(self.config.share * self._total)))
+        for path, part in self._attached.parts.items():
+            largest.add(path, part.change().abs())
+        found = largest.positions()
+        if not found:
+            raise MethodError("every change is zero: nothing was learnt, or the penalty closed all gates")
+        return found
+
     def resume(self, step: int, progress: Mapping[str, torch.Tensor] | None = None) -> None:
-        """The gates that were drawn after that step."""
-        self.after_step(step)
+        """The gates that were drawn after that step; whether they are fixed, `tensors` say."""
+        if not self.fixed:
+            for part in self._attached.parts.values():
+                part.draw(step)
 
     def parameter_groups(self, lr: float, **options) -> list[dict[str, Any]]:
         """Gates have a learning rate of their own, and no weight decay."""
         named = self.trainable_parameters()
-        gates = {name for name in named if name.endswith((".gate", ".group"))}
+        gates = [name for name in named if name.endswith((".gate", ".group"))]
         found = [{"params": [p for name, p in named.items() if name not in gates], "lr": lr, **options}]
         if gates:
             without = {**options, "weight_decay": 0.0}
@@ -140,24 +202,23 @@ class DiffPruningMethod(Method):
         return found
 
     def finish(self) -> None:
-        """Prunes: the `share` of all weights whose change is largest keeps it, the others lose theirs.
+        """Prunes: the entries that were chosen at `fix_at` stay, whatever their size is by now, and no others.
 
-        What is left can be trained further, with an optimizer that is made anew; it has no gates.
+        Where none were chosen yet, the `share` of all weights whose change is largest keeps it. What is left can be
+        trained further, with an optimizer that is made anew; it has no gates.
 
         Raises:
             MethodError: where it has been done already, or nothing was learnt.
         """
         if self.pruned:
             raise MethodError("the change is pruned already")
-        largest = Largest(max(1, round(self.config.share * self._total)))
-        for path, part in self._attached.parts.items():
-            largest.add(path, part.change().abs())
+        if not self.fixed:
+            self._fix()
         sparse = {}
-        for path, index in largest.positions().items():
-            change = self._attached.parts[path].change()
-            sparse[path] = SparseDelta(index.to(change.device), tuple(change.shape), change.flatten()[index])
-        if not sparse:
-            raise MethodError("every change is zero: nothing was learnt, or the penalty closed all gates")
+        for path, part in self._attached.parts.items():
+            index = part.kept()
+            if len(index):
+                sparse[path] = SparseDelta(index, tuple(part.delta.shape), part.delta.detach().flatten()[index])
         self._replace(sparse)
 
     def _replace(self, sparse: dict[str, SparseDelta]) -> None:
@@ -186,12 +247,16 @@ class DiffPruningMethod(Method):
             load_deltas(self._attached.parts, state, super().load_state_dict)
         else:
             super().load_state_dict(state)
+            for part in self._attached.parts.values():
+                part.fixed = bool(part.gate.isinf().all())
 
     def merge(self) -> nn.Module:
         """Adds the change to the weights; 4-bit weights are quantized again, which rounds most of it away."""
         self._check_applied()
-        check_mergeable(self.model, self._attached.parts, self.tensors().values())
-        for path, part in self._attached.parts.items():
+        parts = self._attached.parts
+        learnt = self.tensors().values() if self.pruned else (part.change() for part in parts.values())
+        check_mergeable(self.model, parts, learnt)
+        for path, part in parts.items():
             add = part.add_to if self.pruned else lambda weight, part=part: weight + part.change()
             change_weight(self.model.get_submodule(path), add)
         return self.remove()

@@ -5,7 +5,7 @@
     P(z > 0) = sigmoid(a - log(-low / high))
 
 A gate's noise is drawn from a seed, so that gradient checkpointing and backward see the gates of the forward pass,
-without keeping them.
+without keeping them. A gate at an infinite location is 1 or 0, gets no gradient, and no step moves it.
 """
 
 import dataclasses
@@ -59,7 +59,10 @@ def gates(a: torch.Tensor, stretch: Stretch, seed: torch.Tensor | None) -> tuple
 class GatedDelta(Part):
     """Adds `x (z_group z w).T` to a linear layer's output: a dense change w with a gate for each entry.
 
-    In training mode gates are random, in evaluation mode they are not.
+    In training mode gates are random, in evaluation mode and once they are fixed they are not.
+
+    Attributes:
+        fixed: whether it has been decided which entries may change; their gates are at +inf, all others at -inf.
 
     Args:
         shape: (out, in) of the change.
@@ -83,7 +86,7 @@ class GatedDelta(Part):
         self.delta = nn.Parameter(torch.zeros(shape, device=device))
         self.gate = nn.Parameter(torch.full(shape, float(open_at), device=device))
         self.group = group
-        self.stretch = stretch
+        self.stretch, self.fixed = stretch, False
         self.first_seeds = torch.tensor(seeds)
         self.seeds = self.first_seeds.clone()  # no buffer: on the CPU always, where reading it does not wait
 
@@ -92,7 +95,7 @@ class GatedDelta(Part):
         self.seeds.copy_(self.first_seeds + step)
 
     def after(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        seeds = self.seeds.unbind() if self.training else (None, None)
+        seeds = self.seeds.unbind() if self.training and not self.fixed else (None, None)
         return y + _GatedLinear.apply(x.to(y.dtype), self.delta, self.gate, self.group, self.stretch, *seeds)
 
     def expected_open(self) -> torch.Tensor:
@@ -105,6 +108,28 @@ class GatedDelta(Part):
         """The change in evaluation mode, float32 `[out, in]`."""
         found = gates(self.gate, self.stretch, None)[0] * self.delta
         return found if self.group is None else found * gates(self.group, self.stretch, None)[0]
+
+    @torch.no_grad()
+    def fix(self, kept: torch.Tensor | None) -> None:
+        """Leaves the entries at the flat positions `kept` (None: none) with their gated values, all others at zero.
+
+        A gate that is shared must be opened afterwards.
+        """
+        self.delta.copy_(self.change())
+        self.gate.fill_(-torch.inf)
+        if kept is not None:
+            self.gate.view(-1)[kept.to(self.gate.device)] = torch.inf
+        self.fixed = True
+        self.clear()
+
+    @torch.no_grad()
+    def clear(self) -> None:
+        """Zeroes the entries that are not kept: an optimizer's momentum moves them without a gradient."""
+        self.delta.masked_fill_(self.gate < 0, 0.0)
+
+    def kept(self) -> torch.Tensor:
+        """Ascending flat positions of the entries that were kept, int64, once they are fixed."""
+        return (self.gate.detach() > 0).flatten().nonzero().flatten()
 
 
 class _ExpectedOpen(torch.autograd.Function):

@@ -99,10 +99,14 @@ def load_checkpoint(method: peft.Method, folder: str | Path) -> None:
 
 
 class MethodSteps(TrainerCallback):
-    """What a method does after each optimizer step."""
+    """What a method does before the first optimizer step and after each."""
 
     def __init__(self, method: peft.Method):
         self.method = method
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        with as_usage_error():
+            self.method.plan(state.max_steps)
 
     def on_optimizer_step(self, args, state, control, **kwargs):
         self.method.after_step(state.global_step + 1)

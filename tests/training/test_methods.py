@@ -70,18 +70,40 @@ def test_beats_the_frozen_model_on_unseen_rows_and_is_loaded_again(options, unse
         torch.testing.assert_close(other(ids).logits, result.model(ids).logits, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["adalora", "dora", "fishmask", "prefix_tuning", "diff_pruning"])
-def test_interrupted_and_resumed_equals_uninterrupted(options, tmp_path, monkeypatch, name):  # noqa: F811
+@pytest.mark.parametrize(
+    ("name", "step"),
+    [
+        ("adalora", 3),
+        ("dora", 3),
+        ("fishmask", 3),
+        ("prefix_tuning", 3),
+        ("diff_pruning", 3),
+        ("diff_pruning", 5),  # what is kept is chosen after step 4
+    ],
+)
+def test_interrupted_and_resumed_equals_uninterrupted(options, tmp_path, monkeypatch, name, step):  # noqa: F811
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     chosen = ["init_r=6", "target_r=2", "total_steps=6", "t_final=1"] if name == "adalora" else METHODS[name]
     settings = {"method": name, "method_options": chosen, "max_steps": 6, "samples": 0}
     finetune(options(output=str(whole), **settings))
     with monkeypatch.context() as patch:
-        InterruptAt(patch, step=3)
+        InterruptAt(patch, step=step)
         with pytest.raises(Interrupted):
             finetune(options(output=str(parts), **settings))
     finetune(options(output=str(parts), resume=True, **settings))
     assert losses(parts) == losses(whole)
+    assert losses(parts, "eval_loss") == losses(whole, "eval_loss")
+
+
+def test_a_method_is_told_the_number_of_steps(options, tmp_path):  # noqa: F811
+    settings = {"method": "diff_pruning", "max_steps": 0, "epochs": 0.2, "samples": 0}
+    result = finetune(options(**settings))
+    steps = max(losses(tmp_path / "out"))
+    config = json.loads((result.adapter / "adapter_config.json").read_text())["config"]
+    assert config["fix_at"] == 2 * steps // 3 > 1
+    chosen = {"method_options": [f"fix_at={steps + 1}"], "output": str(tmp_path / "other")}
+    with pytest.raises(UsageError, match=f"fix_at is {steps + 1}, but there are {steps} steps"):
+        finetune(options(**settings, **chosen))
 
 
 @pytest.mark.parametrize(
@@ -95,6 +117,7 @@ def test_interrupted_and_resumed_equals_uninterrupted(options, tmp_path, monkeyp
         ({"method": "dora", "method_options": ["r"]}, "'r' is not name=value"),
         ({"method": "dora", "method_options": ["r=["]}, "not valid YAML behind the ="),
         ({"method": "fishmask", "method_options": ["share=7"]}, "the share is 7"),
+        ({"method": "diff_pruning", "method_options": ["fix_at=0"]}, "fix_at is 0; expected a number of steps"),
     ],
 )
 def test_mistakes_are_explained(options, changes, reason):  # noqa: F811
