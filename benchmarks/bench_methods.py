@@ -51,7 +51,7 @@ class Budget:
         fisher_samples: reviews by which FishMask chooses.
     """
 
-    steps: int = 40
+    steps: int = 120
     batch: int = 32
     held_out: int = 2000
     eval_batch: int = 250

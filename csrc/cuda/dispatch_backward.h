@@ -18,8 +18,8 @@ struct BackwardRoute {
   FusedConfig levels;  // of kLevels
 };
 
-// What QLORA_ENGINE_BACKWARD asks for: auto (or unset), few, levels:TOKENS,1,SPLITS, many, many:CLUSTER,SPLITS,GROUP, or
-// dequantize. Where it is unset, fused and dequantize of QLORA_ENGINE_LINEAR count here too.
+// What QLORA_ENGINE_BACKWARD asks for: auto (or unset), few, levels:TOKENS,1,SPLITS, many, many:CLUSTER,SPLITS,GROUP,
+// or dequantize. Where it is unset, fused and dequantize of QLORA_ENGINE_LINEAR count here too.
 struct BackwardChoice {
   enum Path { kAuto, kFused, kFewRows, kLevels, kManyRows, kDequantize, kUnknown } path = kAuto;
   bool has_plan = false;
@@ -65,12 +65,14 @@ inline BackwardPlan backward_plan(int64_t M, int64_t N, int64_t K, int processor
   return {cluster, int(splits), 8};
 }
 
-// The way of a product with or without an adapter. `few`, `many`: the kernel for few rows can take it; those for 9.0 can.
-inline BackwardRoute backward_route(const BackwardChoice& asked, int64_t M, int64_t N, int64_t K, bool adapter, bool few,
-                                    bool many, int processors) {
+// The way of a gradient, with or without an adapter. `few`, `many`: the kernel for few rows can take it; those for 9.0
+// can.
+inline BackwardRoute backward_route(const BackwardChoice& asked, int64_t M, int64_t N, int64_t K, bool adapter,
+                                    bool few, bool many, int processors) {
   const BackwardRoute few_rows{BackwardRoute::kFewRows, {}, {}}, dequantize{BackwardRoute::kDequantize, {}, {}};
   const BackwardRoute none{BackwardRoute::kDoesNotFit, {}, {}};
-  BackwardRoute many_rows{BackwardRoute::kManyRows, asked.has_plan ? asked.plan : backward_plan(M, N, K, processors), {}};
+  BackwardRoute many_rows{BackwardRoute::kManyRows, backward_plan(M, N, K, processors), {}};
+  if (asked.has_plan) many_rows.plan = asked.plan;
   many_rows.plan.splits = int(std::clamp<int64_t>(many_rows.plan.splits, 1, (N + 63) / 64));
   switch (asked.path) {
     case BackwardChoice::kDequantize: return dequantize;

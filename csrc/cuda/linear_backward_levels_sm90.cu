@@ -1,24 +1,24 @@
 // Gradient of a product with a 4-bit weight on Hopper for up to a few hundred rows:
 //   dX[m, k] = sum over n of dY[m, n] * W[n, k]  (+ dS A)
-// A tile of dX transposed is W transposed (operand A, from registers) times dY transposed (operand B, a swizzled tile in
-// shared memory). The sum runs over rows of W, each of which has a scale of its own: levels are looked up in pairs, those
-// of two rows in one column, and such a pair is multiplied by the pair of the rows' scales.
+// A tile of dX transposed is W transposed (operand A, from registers) times dY transposed (operand B, a swizzled tile
+// in shared memory). The sum runs over rows of W, each of which has a scale of its own: levels are looked up in pairs,
+// those of two rows in one column, and such a pair is multiplied by the pair of the rows' scales.
 //
-//   block: 128 columns of W x kTokens rows of dY, a stage 128 or 256 rows of W       cluster: 1/s of W's rows each
+//   block: 128 columns of W x kTokens rows of dY, a stage 64 to 256 rows of W       cluster: 1/s of W's rows each
 //   warp 0       codes [rows, 64 bytes] and dY [kTokens, 64] for each warpgroup, into a ring of stages (TMA); behind dY
 //                comes dS of an adapter
 //   warps 2, 3   scales of every second stage, as pairs of rows, into gaps of the look-up table
-//   warps 4 on   two or four warpgroups, each 64 rows of a stage: codes by ldmatrix, transposed; their sums are added in
-//                the end, through shared memory
+//   warps 4 on   two or four warpgroups, each 64 rows of a stage: codes by ldmatrix, transposed; their sums are added
+//                in the end, through shared memory. With 256 tokens two, each 64 of the columns
 //
-// Rounding: levels as in far_table.cuh; a scale is the sum of two 16-bit numbers, so that a product of both is rounded
-// once more: a weight is as good as a decoded one.
+// Rounding: levels as in far_table.cuh; a scale is the sum of two 16-bit numbers, and the product of both is rounded.
+// Weights are 1.1 times as far off as decoded ones, dX is 1.06 times as far off as from those.
 //
 // Bound: at few rows bytes of W and look-ups in shared memory; at 128 the tensor cores.
 #include "dispatch.h"
 #include "launch.h"
 #include "launch_clusters.h"
-#include "linear_backward_levels_sm90.cuh"
+#include "linear_backward_levels_sm90_consumer.cuh"
 #include "tensor_map.h"
 
 namespace qlora_engine::cuda {

@@ -152,8 +152,8 @@ Tensor linear_nf4_lora_cuda(const Tensor& x, const Tensor& packed, const Tensor&
 
 namespace {
 
-BackwardRoute route_of_gradient(const char* op, const Nf4Weight& weight, Dtype dtype, const void* dx, int64_t M, int64_t N,
-                               int64_t K, bool adapter) {
+BackwardRoute route_of_gradient(const char* op, const Nf4Weight& weight, Dtype dtype, const void* dx, int64_t M,
+                                int64_t N, int64_t K, bool adapter) {
   const BackwardChoice asked = backward_choice(checked_choice(op));
   STD_TORCH_CHECK(asked.path != BackwardChoice::kUnknown, op, ": QLORA_ENGINE_BACKWARD=",
                   std::getenv("QLORA_ENGINE_BACKWARD"), "; expected auto, few, levels:TOKENS,1,SPLITS (such as "
@@ -164,10 +164,11 @@ BackwardRoute route_of_gradient(const char* op, const Nf4Weight& weight, Dtype d
   const BackwardRoute route =
       backward_route(asked, M, N, K, adapter, linear_backward_few_rows_fit(weight, dtype, dx, M, N, K),
                      linear_backward_sm90_fits(weight, dtype, dx, M, N, K), processors);
-  STD_TORCH_CHECK(route.path != BackwardRoute::kDoesNotFit, op, ": a fused kernel was asked for (QLORA_ENGINE_BACKWARD, or ",
-                  "QLORA_ENGINE_LINEAR=fused), but no kernel takes this gradient so: expected float16 or bfloat16, a ",
-                  "blocksize of 64 or more, in_features that are a multiple of 64, 16-byte alignment, up to 64 rows for ",
-                  "`few`, and a GPU of compute capability 9.0 for the others; use auto");
+  STD_TORCH_CHECK(route.path != BackwardRoute::kDoesNotFit, op,
+                  ": a fused kernel was asked for (QLORA_ENGINE_BACKWARD, or QLORA_ENGINE_LINEAR=fused), but no kernel "
+                  "takes this gradient so: expected float16 or bfloat16, a blocksize of 64 or more, in_features that are "
+                  "a multiple of 64 and out_features of 8 (4 for `few`), 16-byte alignment, up to 64 rows for `few`, and "
+                  "a GPU of compute capability 9.0 for the others; use auto");
   return route;
 }
 
@@ -270,13 +271,15 @@ STABLE_TORCH_LIBRARY_IMPL(qlora_engine, CUDA, m) {
 
 // The way linear_nf4 takes on the current device: route[0] = 0 few rows, 1 fused, 2 dequantize, 3 fused for compute
 // capability 8.0, 4 levels; route[1..3] the configuration; adapter: of linear_nf4_lora. With `gradient` that of
-// linear_nf4_backward (or _lora): 0 few rows, 1 many rows, 2 dequantize, 3 levels. Returns what is wrong, or nullptr; the
-// words hold until the thread's next call.
+// linear_nf4_backward (or _lora): 0 few rows, 1 many rows, 2 dequantize, 3 levels. Returns what is wrong, or nullptr;
+// the words hold until the thread's next call.
 extern "C" __attribute__((visibility("default"))) const char* qlora_engine_linear_route(
     int64_t M, int64_t N, int64_t K, int64_t blocksize, int dtype, int adapter, int gradient, int32_t route[4]) noexcept {
   using namespace qlora_engine::cuda;
   static thread_local std::string words;
-  const auto set = [route](int path, int a, int b, int c) { route[0] = path, route[1] = a, route[2] = b, route[3] = c; };
+  const auto set = [route](int path, int a, int b, int c) {
+    route[0] = path, route[1] = a, route[2] = b, route[3] = c;
+  };
   try {
     Nf4Weight weight{};
     weight.numel = N * K;

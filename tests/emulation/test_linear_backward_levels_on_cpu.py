@@ -94,11 +94,11 @@ def test_scales(kernels, K, blocksize, double_quant):  # noqa: F811
     assert_close("dx", gradient(kernels, grad, w4, (32, 1)), float64(grad, w4), 1.1 * RELATIVE_RMS[grad.dtype])
 
 
-@pytest.mark.parametrize(("dtype", "factor"), [(torch.bfloat16, 1.1), (torch.float16, 1.02)])
-def test_as_accurate_as_a_decoded_weight(kernels, dtype, factor):  # noqa: F811
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_as_accurate_as_a_decoded_weight(kernels, dtype):  # noqa: F811
     """Against the weight as it is, dX rounded alike: 2.5 thousandths in bfloat16, 2.3 with a decoded weight."""
     w4 = quantize(torch.randn(1024, 256), 64)
     grad = torch.randn(16, 1024).to(dtype)
     expected = float64(grad, w4)
     decoded = (grad.double() @ w4.dequantize(dtype).double()).to(dtype)
-    assert relative_rms(gradient(kernels, grad, w4, (16, 1)), expected) < factor * relative_rms(decoded, expected)
+    assert relative_rms(gradient(kernels, grad, w4, (16, 1)), expected) < 1.1 * relative_rms(decoded, expected)
