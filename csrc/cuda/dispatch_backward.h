@@ -18,6 +18,10 @@ struct BackwardRoute {
   FusedConfig levels;  // of kLevels
 };
 
+static_assert(BackwardRoute::kFewRows == 0 && BackwardRoute::kManyRows == 1 && BackwardRoute::kDequantize == 2 &&
+                  BackwardRoute::kLevels == 3,
+              "linear_table.h, tune_linear.py and ops/linear.py name ways by these numbers");
+
 // What QLORA_ENGINE_BACKWARD asks for: auto (or unset), few, levels:TOKENS,1,SPLITS, many, many:CLUSTER,SPLITS,GROUP,
 // or dequantize. Where it is unset, fused and dequantize of QLORA_ENGINE_LINEAR count here too.
 struct BackwardChoice {
